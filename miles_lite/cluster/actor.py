@@ -1,0 +1,124 @@
+"""Remote processes with names and deadlines: the only way the driver talks to ranks.
+
+Every wait has a deadline and, when it passes, names who did not answer and to what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from miles_lite.cluster.placement import Bundle
+
+
+class RemoteError(RuntimeError):
+    """A rank failed, died, or did not answer in time. The message names rank, host and operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A handle on one remote object. May be sent to other processes."""
+
+    name: str  # role and rank, for people: "trainer rank 3"
+    handle: Any
+
+    def start(self, method: str, *args: Any) -> Call:
+        return Call(self, method, getattr(self.handle, method).remote(*args))
+
+    def call(self, method: str, *args: Any, deadline_s: float) -> Any:
+        """One blocking call. Raises RemoteError."""
+        return gather([self.start(method, *args)], deadline_s)[0]
+
+    async def call_async(self, method: str, *args: Any, deadline_s: float) -> Any:
+        """One call from an event loop. Raises RemoteError."""
+        call = self.start(method, *args)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(call.ref.future()), deadline_s)
+        except TimeoutError:
+            raise _late([call], deadline_s) from None
+        except ray.exceptions.RayError as error:
+            raise _failed(call, error) from error
+
+    def kill(self) -> None:
+        ray.kill(self.handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call under way."""
+
+    remote: Remote
+    method: str
+    ref: Any
+
+
+def gather(calls: Sequence[Call], deadline_s: float) -> list[Any]:
+    """The results of calls made to many ranks, in order.
+
+    Raises RemoteError as soon as one fails (the first failure is the cause: others then hang in
+    collectives), or naming all that are missing when the deadline passes.
+    """
+    pending = {call.ref: call for call in calls}
+    end = time.monotonic() + deadline_s
+    while pending:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise _late(list(pending.values()), deadline_s)
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
+        for ref in ready:
+            call = pending.pop(ref)
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                raise _failed(call, error) from error
+    return [ray.get(call.ref) for call in calls]
+
+
+def call_all(remotes: Sequence[Remote], method: str, *args: Any, deadline_s: float) -> list[Any]:
+    """The same call on every rank; results in rank order."""
+    return gather([remote.start(method, *args) for remote in remotes], deadline_s)
+
+
+def spawn(
+    cls: type,
+    name: str,
+    *args: Any,
+    bundle: Bundle,
+    share: float,
+    threads: int,
+    env: Mapping[str, str],
+) -> Remote:
+    """Start `cls(*args)` in its own process on one device bundle.
+
+    share: fraction of the bundle's device, so that a trainer and an engine rank fit on one.
+    threads: how many calls may run at once.
+    """
+    actor = ray.remote(cls).options(
+        name=None,
+        num_cpus=0,
+        num_gpus=share if bundle.resource == "GPU" else 0,
+        resources={} if bundle.resource == "GPU" else {bundle.resource: share},
+        max_concurrency=threads,
+        max_restarts=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=bundle.group, placement_group_bundle_index=bundle.index
+        ),
+        runtime_env={"env_vars": dict(env)},
+    )
+    return Remote(name, actor.remote(*args))
+
+
+def _late(calls: Sequence[Call], deadline_s: float) -> RemoteError:
+    names = ", ".join(call.remote.name for call in calls)
+    return RemoteError(f"no answer to {calls[0].method!r} within {deadline_s:g} s from: {names}")
+
+
+def _failed(call: Call, error: Exception) -> RemoteError:
+    cause = getattr(error, "cause", None) or error
+    return RemoteError(f"{call.remote.name} failed in {call.method!r}: {cause}")

@@ -1,0 +1,68 @@
+"""Which process sits on which device: one bundle a device, shared by a trainer and an engine rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+
+CPU_DEVICE = "miles_device"  # custom Ray resource: one unit is one CPU "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One device of the cluster, reserved for this run."""
+
+    group: Any  # Ray's placement group
+    index: int  # of the bundle in the group
+    resource: str  # "GPU" or CPU_DEVICE
+    host: str  # IP address of its node
+    device: int  # device number on the node
+
+
+class _Probe:
+    """Reports where a bundle landed."""
+
+    def where(self) -> tuple[str, int]:
+        gpus = ray.get_gpu_ids()
+        return ray.util.get_node_ip_address(), int(gpus[0]) if gpus else 0
+
+
+def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
+    """Reserve devices; neighbours in the list are neighbours in the cluster (by host, then device).
+
+    Raises ValueError when the cluster has fewer devices, RuntimeError when they stay busy.
+    """
+    total = int(ray.cluster_resources().get(resource, 0))
+    if total < num_devices:
+        raise ValueError(
+            f"{num_devices} devices wanted (parallel.tp x pp x dp) but Ray sees {total} of resource "
+            f"{resource!r}: start more nodes or choose a smaller layout"
+        )
+    group = placement_group([{resource: 1}] * num_devices, strategy="PACK")
+    if not group.wait(deadline_s):
+        free = int(ray.available_resources().get(resource, 0))
+        raise RuntimeError(
+            f"{num_devices} devices were not free within {deadline_s:g} s: {free} of {total} are; "
+            "another run may hold them"
+        )
+    probe = ray.remote(_Probe)
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+    probes = [
+        probe.options(
+            num_cpus=0,
+            num_gpus=0.01 if resource == "GPU" else 0,
+            resources={} if resource == "GPU" else {resource: 0.01},
+            scheduling_strategy=strategy(placement_group=group, placement_group_bundle_index=i),
+        ).remote()
+        for i in range(num_devices)
+    ]
+    places = ray.get([p.where.remote() for p in probes], timeout=deadline_s)
+    for p in probes:
+        ray.kill(p)
+    bundles = [
+        Bundle(group, i, resource, host, device) for i, (host, device) in enumerate(places)
+    ]
+    return sorted(bundles, key=lambda b: (tuple(map(int, b.host.split("."))), b.device, b.index))

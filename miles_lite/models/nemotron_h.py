@@ -1,0 +1,171 @@
+"""What a `nemotron_h` model is: sizes and layer pattern, read from its HF folder. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LAYER_KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
+
+# transformers, NVIDIA and older checkpoints spell the same layer list in three ways
+_BLOCK_TYPES = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "moe": "E",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NemotronH:
+    """Sizes of one model. Symbols in comments are those of the HF config."""
+
+    pattern: str  # one character a layer, of LAYER_KINDS
+    mtp_pattern: str  # layers of one multi-token-prediction block; "" without MTP
+    vocab_size: int
+    hidden_size: int
+    norm_eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    mamba_num_groups: int  # n_groups: groups of Mamba's B and C; not n_group, the router's
+    conv_kernel: int
+    chunk_size: int  # of the state-space scan; changes speed, not results
+    dense_ffn_size: int  # of "-" layers
+    num_experts: int
+    top_k: int  # num_experts_per_tok
+    expert_ffn_size: int
+    shared_ffn_size: int
+    latent_size: int  # width in which experts live; 0 when they see the hidden state
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern)
+
+    @property
+    def mamba_inner_size(self) -> int:
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_bc_size(self) -> int:
+        """Rows of B (and of C)."""
+        return self.mamba_num_groups * self.ssm_state_size
+
+    @property
+    def expert_width(self) -> int:
+        return self.latent_size or self.hidden_size
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> NemotronH:
+        """Read config.json (and generation_config.json for stop tokens) of an HF checkpoint."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} is not an HF checkpoint: it has no config.json")
+        raw = json.loads(path.read_text())
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            raw["eos_token_id"] = json.loads(generation.read_text()).get(
+                "eos_token_id", raw.get("eos_token_id")
+            )
+        try:
+            return cls.from_hf(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> NemotronH:
+        """From the parsed config.json; refuses what this code does not implement."""
+        if raw.get("model_type") != "nemotron_h":
+            raise ValueError(
+                f"model_type is {raw.get('model_type')!r}; this version trains 'nemotron_h' only"
+            )
+        pattern = _pattern(raw, "hybrid_override_pattern", "layers_block_type")
+        mtp = _pattern(raw, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
+        if not pattern:
+            raise ValueError("neither hybrid_override_pattern nor layers_block_type is there")
+        _refuse_variants(raw)
+        has_experts = "E" in pattern
+        eos = raw.get("eos_token_id")
+        model = cls(
+            pattern=pattern,
+            mtp_pattern=mtp if raw.get("num_nextn_predict_layers") else "",
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            norm_eps=raw.get("layer_norm_epsilon", raw.get("norm_eps", 1e-5)),
+            num_heads=raw["num_attention_heads"],
+            num_kv_heads=raw["num_key_value_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            mamba_num_heads=raw["mamba_num_heads"],
+            mamba_head_dim=raw["mamba_head_dim"],
+            ssm_state_size=raw["ssm_state_size"],
+            mamba_num_groups=raw["n_groups"],
+            conv_kernel=raw["conv_kernel"],
+            chunk_size=raw.get("chunk_size", 128),
+            dense_ffn_size=raw.get("intermediate_size", 0) if "-" in pattern else 0,
+            num_experts=raw["n_routed_experts"] if has_experts else 0,
+            top_k=raw["num_experts_per_tok"] if has_experts else 0,
+            expert_ffn_size=raw["moe_intermediate_size"] if has_experts else 0,
+            shared_ffn_size=raw["moe_shared_expert_intermediate_size"] if has_experts else 0,
+            latent_size=(raw.get("moe_latent_size") or 0) if has_experts else 0,
+            routed_scaling_factor=raw.get("routed_scaling_factor", 1.0) if has_experts else 1.0,
+            norm_topk_prob=raw.get("norm_topk_prob", True),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+        if raw.get("num_hidden_layers", model.num_layers) != model.num_layers:
+            raise ValueError(
+                f"num_hidden_layers = {raw['num_hidden_layers']} but the layer pattern "
+                f"{pattern!r} has {model.num_layers} layers"
+            )
+        return model
+
+
+def _pattern(raw: dict[str, Any], string_key: str, list_key: str) -> str:
+    """The layer pattern as one string, from either spelling; "" when neither is there."""
+    if pattern := raw.get(string_key):
+        for char in pattern:
+            if char not in LAYER_KINDS:
+                raise ValueError(
+                    f"{string_key} = {pattern!r}: {char!r} is not one of {' '.join(LAYER_KINDS)}"
+                )
+        return pattern
+    kinds = raw.get(list_key) or []
+    for kind in kinds:
+        if kind not in _BLOCK_TYPES:
+            raise ValueError(
+                f"{list_key} holds {kind!r}; known kinds are {', '.join(_BLOCK_TYPES)}"
+            )
+    return "".join(_BLOCK_TYPES[kind] for kind in kinds)
+
+
+def _refuse_variants(raw: dict[str, Any]) -> None:
+    """Config values that would change the maths and that no published Nemotron 3 sets."""
+    expected: dict[str, tuple[Any, ...]] = {
+        "tie_word_embeddings": (False,),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "use_bias": (False,),
+        "mamba_proj_bias": (False,),
+        "use_conv_bias": (True,),
+        "mlp_hidden_act": ("relu2",),
+        "mamba_hidden_act": ("silu",),
+        "n_group": (1, None),
+        "topk_group": (1, None),
+        "n_shared_experts": (1,),
+        "sliding_window": (None,),
+        "residual_in_fp32": (False,),
+    }
+    for key, allowed in expected.items():
+        if key in raw and raw[key] not in allowed:
+            raise ValueError(
+                f"{key} = {raw[key]!r} is not supported, only {' or '.join(map(repr, allowed))}"
+            )

@@ -1,0 +1,154 @@
+"""The seams: what the loop needs of a trainer, a rollout, an engine. No back-end is named here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from miles_lite.types import Batch, Completion, Group, Prompt, Request, Verdict
+
+Metrics = dict[str, float]
+
+
+class Phase(Enum):
+    """Who holds what on the shared devices.
+
+                trainer                              rollout
+    generate    nothing                              weights, KV cache, Mamba state, graphs
+    train       weights, gradients, optimizer        nothing
+    sync        weights                              weights
+
+    On a CPU the device is the host, so weights, which must survive somewhere, stay where they are;
+    gradients, optimizer scratch and caches really go.
+    """
+
+    generate = "generate"
+    train = "train"
+    sync = "sync"
+
+
+class Resident(Protocol):
+    """Anything that occupies device memory."""
+
+    def enter(self, phase: Phase) -> None:
+        """Free or take memory until the table of `Phase` holds for this party; returns when it does."""
+        ...
+
+    def held_bytes(self) -> Mapping[str, int]:
+        """Device bytes held now by kind ("weights", "grads", ...), summed over this party's ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [start, stop) of one HF tensor along the dimension on which that tensor is cut."""
+
+    tensor: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A parameter or buffer of one rank: segments of HF tensors laid end to end along `dim`."""
+
+    param: str  # name in the rank's own model
+    index: int  # position in a stacked parameter (its first dimension), or -1 for all of it
+    dim: int  # of the HF tensor; counted after `index` is taken
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Bytes on their way from one trainer rank to one engine rank; the plan says what they are."""
+
+    handle: Any  # where they lie: the transport's business
+    num_bytes: int
+
+
+class Engine(Resident, Protocol):
+    """One rollout engine: one or more processes that serve one copy of the policy."""
+
+    name: str
+    version: int  # of the weights it serves; -1 before the first commit
+
+    async def generate(self, request: Request) -> Completion:
+        """Draw one completion. Raises EngineError naming engine and rank when it cannot."""
+        ...
+
+    async def abort(self) -> None:
+        """End all unfinished requests; they resolve with Finish.abort and what they have."""
+        ...
+
+    def layout(self) -> Sequence[Sequence[Hosted]]:
+        """For each rank of this engine: what it hosts. Together with dtype it is all a sync needs."""
+        ...
+
+    def receivers(self) -> Sequence[Any]:
+        """For each rank of this engine: a remote handle on its WeightReceiver."""
+        ...
+
+
+class WeightReceiver(Protocol):
+    """What an engine rank can be told during a sync (through a remote handle)."""
+
+    def set_routes(self, routes: Any) -> None:
+        """Once, before the first sync: which copies will come from whom (weights.plan.Route)."""
+        ...
+
+    def load_bucket(self, source: int, number: int, bucket: Bucket) -> None:
+        """Copy bucket `number` of trainer rank `source` into the live parameters."""
+        ...
+
+    def finish_sync(self, version: int) -> Mapping[int, Sequence[int]]:
+        """All arrived: serve as `version`. Returns checksums of the live weights by source rank."""
+        ...
+
+
+class Rollout(Resident, Protocol):
+    """Many engines, one policy, and the rewards of what it says."""
+
+    version: int
+    engines: Sequence[Engine]
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
+        """samples_per_prompt scored completions of each prompt, all of version `version`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What training on one batch tells."""
+
+    metrics: Metrics
+    logprobs: Sequence[Sequence[float]]  # [sample][token] of the trainer before the first update
+
+
+class Trainer(Resident, Protocol):
+    """The optimizer of the policy; all its ranks."""
+
+    dp: int
+
+    def step(self, batch: Batch) -> StepResult:
+        """Old log-probs, drift, and every update of `batch`. Weights change only here."""
+        ...
+
+    def send_weights(self, rollout: Rollout, version: int) -> Metrics:
+        """Bring every engine rank to `version`; returns only when both sides' checksums agree."""
+        ...
+
+    def export_hf(self, folder: Path) -> None:
+        """Write the policy as an HF checkpoint."""
+        ...
+
+
+class RewardFn(Protocol):
+    """Score one answer. Runs in a killable process; may raise: that answer is then invalid."""
+
+    def __call__(self, response: str, label: str) -> float | Verdict: ...

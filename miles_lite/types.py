@@ -1,0 +1,148 @@
+"""The nouns of a step, one frozen type a stage. A stage that learns a fact makes a new type.
+
+    Prompt -> Request -engine-> Completion -reward-> Sample -by prompt-> Group
+           -credit-> TrainSequence -pack-> Batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Finish(Enum):
+    stop = "stop"  # the model ended its answer with a stop token
+    length = "length"  # cut at max_new_tokens
+    abort = "abort"  # given up on request; its tokens are never trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the data set, rendered and tokenised."""
+
+    uid: int  # row number in the data file
+    tokens: tuple[int, ...]  # [T] of the rendered chat template, generation prompt included
+    text: str  # what was tokenised
+    label: str  # the right answer, as the reward function wants it
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one completion is drawn. Equal fields and weights give equal tokens, whatever else runs."""
+
+    seed: int
+    max_new_tokens: int
+    temperature: float  # 0 means greedy; log-probs are then those of temperature 1
+    top_p: float  # 1 keeps all tokens
+    top_k: int  # 0 keeps all tokens
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an engine is asked for: one completion of one prompt."""
+
+    uid: int  # unique within an engine's life
+    tokens: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine answers. The stop token, if any, is the last token."""
+
+    tokens: tuple[int, ...]  # [T] generated, without the prompt
+    logprobs: tuple[float, ...]  # [T] under the temperature-scaled distribution before top-p/top-k
+    version: int  # of the weights that drew every one of these tokens
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a reward function says of one answer. A verifier that failed is not a wrong answer."""
+
+    reward: float  # used in training; 0.0 when invalid
+    reason: str  # why there is no verdict ("timeout", "crash", ...); "" when there is one
+
+    @property
+    def valid(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    prompt: Prompt
+    completion: Completion
+    text: str  # of the completion, special tokens kept
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one prompt; advantages are relative within it."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(sample.verdict.reward for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSequence:
+    """What the loss sees of one sample. Tokens before `prompt_len` carry no loss."""
+
+    tokens: tuple[int, ...]  # [T] prompt and response
+    prompt_len: int
+    logprobs: tuple[float, ...]  # [T - prompt_len] of the engine
+    advantage: float  # of every response token
+    sample: int  # index in rollout order: the key under which per-sample results come back
+
+    @property
+    def response_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences of one forward pass, packed end to end, and the loss weight of their tokens.
+
+    token_weights[i] multiplies each response token of sequences[i]; over all micro-batches of an
+    update they are the whole normalisation of the loss, so packing cannot change it.
+    """
+
+    sequences: tuple[TrainSequence, ...]
+    token_weights: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.tokens) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step: micro_batches[dp_rank][i], the same number on every DP rank."""
+
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+
+    @property
+    def num_micro_batches(self) -> int:
+        return len(self.micro_batches[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's training work: the updates in rollout order."""
+
+    updates: tuple[Update, ...]
+
+    @property
+    def sequences(self) -> Sequence[TrainSequence]:
+        return [
+            sequence
+            for update in self.updates
+            for rank in update.micro_batches
+            for micro_batch in rank
+            for sequence in micro_batch.sequences
+        ]

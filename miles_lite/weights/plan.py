@@ -1,0 +1,154 @@
+"""Who sends which slice to whom: derived once from what every rank hosts.
+
+An engine rank receives exactly the rows it hosts, from one trainer rank each, preferably the one on
+its own device. The plan is the same on every process that derives it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from miles_lite.protocols import Hosted
+from miles_lite.weights.hf import iter_segments
+from miles_lite.weights.table import HfTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of one rank's tensor: `count` along `dim` from `offset` (after taking `index`)."""
+
+    param: str
+    index: int  # in a stacked parameter; -1 for none
+    dim: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Rows [start, stop) of an HF tensor, from one trainer rank's place to one engine rank's."""
+
+    tensor: str
+    start: int
+    stop: int
+    num_bytes: int  # on the wire
+    fp32: bool  # on the wire; else the model's dtype
+    source: Place
+    target: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """All copies from one trainer rank to one engine rank, in sending order, cut into buckets."""
+
+    source: int  # trainer rank
+    target: int  # engine rank, counted over all engines
+    buckets: tuple[tuple[Copy, ...], ...]
+
+    @property
+    def copies(self) -> list[Copy]:
+        return [copy for bucket in self.buckets for copy in bucket]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(copy.num_bytes for copy in self.copies)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Rows [start, stop) of an HF tensor as one trainer rank holds them."""
+
+    start: int
+    stop: int
+    rank: int
+    place: Place
+
+
+def sync_plan(
+    tensors: Mapping[str, HfTensor],
+    sources: Sequence[Sequence[Hosted]],
+    targets: Sequence[Sequence[Hosted]],
+    home: Sequence[int],
+    element_bytes: int,
+    bucket_bytes: int,
+) -> list[Route]:
+    """Routes that fill every row of every target once.
+
+    sources[r]: what trainer rank r hosts; targets[e]: what engine rank e hosts; home[e]: the trainer
+    rank on engine rank e's device. element_bytes: of the model's dtype. No bucket exceeds
+    bucket_bytes unless a single row does. Raises ValueError naming rows that nobody hosts.
+    """
+    held: dict[str, list[_Held]] = defaultdict(list)
+    for rank, hosted_list in enumerate(sources):
+        for hosted in hosted_list:
+            for name, start, offset, count in iter_segments(hosted):
+                place = Place(hosted.param, hosted.index, hosted.dim, offset)
+                held[name].append(_Held(start, start + count, rank, place))
+    load = [0] * len(sources)
+    copies: dict[tuple[int, int], list[Copy]] = defaultdict(list)
+    for target, hosted_list in enumerate(targets):
+        for hosted in hosted_list:
+            for name, start, offset, count in iter_segments(hosted):
+                tensor = tensors.get(name)
+                if tensor is None:
+                    raise ValueError(f"engine rank {target} hosts {name!r}, unknown to the model")
+                width = 4 if tensor.fp32 else element_bytes
+                row_bytes = width * tensor.numel // tensor.shape[hosted.dim]
+                max_rows = max(1, bucket_bytes // row_bytes)
+                row, stop = start, start + count
+                while row < stop:
+                    source = _choose(held[name], row, home[target], load)
+                    if source is None:
+                        raise ValueError(
+                            f"no trainer rank hosts row {row} of {name!r}, "
+                            f"which engine rank {target} needs for {hosted.param!r}"
+                        )
+                    end = min(stop, source.stop, row + max_rows)
+                    copy = Copy(
+                        name,
+                        row,
+                        end,
+                        (end - row) * row_bytes,
+                        tensor.fp32,
+                        _shifted(source.place, row - source.start),
+                        Place(hosted.param, hosted.index, hosted.dim, offset + row - start),
+                    )
+                    copies[source.rank, target].append(copy)
+                    load[source.rank] += copy.num_bytes
+                    row = end
+    return [
+        Route(source, target, _buckets(route, bucket_bytes))
+        for (source, target), route in sorted(copies.items())
+    ]
+
+
+def _choose(held: Sequence[_Held], row: int, home: int, load: Sequence[int]) -> _Held | None:
+    """A holder of `row`: the one on the same device, else the one that has least to send."""
+    holders = [h for h in held if h.start <= row < h.stop]
+    if not holders:
+        return None
+    return min(holders, key=lambda h: (h.rank != home, load[h.rank], h.rank))
+
+
+def _shifted(place: Place, rows: int) -> Place:
+    return Place(place.param, place.index, place.dim, place.offset + rows)
+
+
+def _buckets(copies: Sequence[Copy], bucket_bytes: int) -> tuple[tuple[Copy, ...], ...]:
+    """Consecutive copies, in order, up to bucket_bytes each (8-byte aligned, see transport)."""
+    buckets: list[list[Copy]] = []
+    filled = bucket_bytes
+    for copy in copies:
+        size = aligned(copy.num_bytes)
+        if filled + size > bucket_bytes or not buckets:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(copy)
+        filled += size
+    return tuple(map(tuple, buckets))
+
+
+def aligned(num_bytes: int) -> int:
+    """Room a slice takes in a bucket: every slice starts on 8 bytes, so any dtype can view it."""
+    return -(-num_bytes // 8) * 8
