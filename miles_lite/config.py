@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from miles_lite.cluster.parallel import EngineDims, ParallelDims
+from miles_lite.parallel import EngineDims, ParallelDims
 
 
 T = TypeVar("T")

@@ -57,6 +57,10 @@ class Call:
     method: str
     ref: Any
 
+    def result(self, deadline_s: float) -> Any:
+        """Wait for it. Raises RemoteError."""
+        return gather([self], deadline_s)[0]
+
 
 def gather(calls: Sequence[Call], deadline_s: float) -> list[Any]:
     """The results of calls made to many ranks, in order.

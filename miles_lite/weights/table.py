@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from miles_lite.cluster.parallel import ParallelDims
+from miles_lite.parallel import ParallelDims
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Hosted, Segment
 

@@ -32,6 +32,11 @@ def view(tensors: Callable[[str], torch.Tensor], place: Place, count: int) -> to
     return tensor.narrow(place.dim, place.offset, count)
 
 
+def bucket_bytes(copies: Sequence[Copy]) -> int:
+    """Room that a bucket of these copies takes."""
+    return sum(aligned(copy.num_bytes) for copy in copies)
+
+
 class Slots:
     """A sender's two shared-memory files."""
 

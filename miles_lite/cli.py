@@ -1,0 +1,69 @@
+"""`miles-lite COMMAND ...`: thin. What goes wrong because of the user ends in one line, not a trace."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """\
+miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
+miles-lite check experiment=NAME [key=value ...]   read and check all that a run reads, start nothing
+
+Keys are listed with their meaning in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
+"""
+
+
+def main() -> None:
+    """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "check": _check}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] not in commands:
+        print(f"miles-lite: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        commands[words[0]](words[1:])
+    except ValueError as error:
+        print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"miles-lite {words[0]}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check(overrides: Sequence[str]) -> None:
+    from miles_lite import build
+    from miles_lite.config import compose
+
+    cfg = compose(overrides)
+    inputs = build.check(cfg)
+    print(
+        f"{cfg.experiment}: {inputs.model.num_layers} layers {inputs.model.pattern}, "
+        f"{len(inputs.train_prompts)} training and {len(inputs.eval_prompts)} evaluation prompts, "
+        f"{cfg.parallel.dims.world_size} devices: nothing speaks against it"
+    )
+
+
+def _train(overrides: Sequence[str]) -> None:
+    from miles_lite import build
+    from miles_lite.config import compose
+    from miles_lite.console import Console
+    from miles_lite.run import Run
+    from miles_lite.train import train
+
+    cfg = compose(overrides)
+    inputs = build.check(cfg)
+    run = Run.create(cfg)
+    with (
+        run,
+        Console(cfg.experiment, cfg.train.num_steps, run.folder) as console,
+        build.start(cfg, inputs) as parts,
+    ):
+        train(cfg, run, parts.trainer, parts.rollout, parts.prompts, parts.eval_set, console)
+        console.summary(run.finish())

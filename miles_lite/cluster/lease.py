@@ -1,0 +1,36 @@
+"""One phase at a time on the shared devices, and what each party holds in it."""
+
+from __future__ import annotations
+
+import time
+
+from miles_lite.protocols import Metrics, Phase, Resident
+
+
+class Lease:
+    """Moves trainer and rollout through the phases of a step."""
+
+    def __init__(self, trainer: Resident, rollout: Resident) -> None:
+        self._parties = {"trainer": trainer, "rollout": rollout}
+        self._held: Metrics = {}
+
+    def enter(self, phase: Phase) -> None:
+        """Whoever shrinks goes first, so that both never need the device at once.
+
+        Entering train the rollout shrinks; entering generate or sync the trainer does (from sync
+        to generate it gives its weights back before the caches are made).
+        """
+        begin = time.perf_counter()
+        order = ["trainer", "rollout"]
+        if phase is Phase.train:
+            order.reverse()
+        for name in order:
+            self._parties[name].enter(phase)
+        self._held[f"perf/enter_{phase.value}_time"] = time.perf_counter() - begin
+        for name, party in self._parties.items():
+            for kind, num_bytes in party.held_bytes().items():
+                self._held[f"memory/{phase.value}/{name}_{kind}_bytes"] = float(num_bytes)
+
+    def metrics(self) -> Metrics:
+        """Bytes held after the latest entry of each phase, and how long the entries took."""
+        return dict(self._held)

@@ -1,0 +1,46 @@
+"""A connection to Ray and the devices reserved in it, for as long as a run lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+from ray.util.placement_group import remove_placement_group
+
+from miles_lite.cluster.placement import CPU_DEVICE, Bundle, reserve
+from miles_lite.config import ClusterConfig
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Iterator[list[Bundle]]:
+    """Start or join Ray, reserve `num_devices` devices, give all back on leaving.
+
+    A local Ray is sized for the run: on a CPU every rank gets a pretended device, however few cores
+    there are.
+    """
+    resource = "GPU" if device == "cuda" else CPU_DEVICE
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a rank's message must not vanish as a repeat
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = cluster.address == "local"
+    ray.init(
+        address=cluster.address,
+        resources={CPU_DEVICE: num_devices} if local and device == "cpu" else None,
+        num_cpus=max(os.cpu_count() or 1, 1) if local else None,
+        include_dashboard=False if local else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+        configure_logging=False,
+    )
+    try:
+        bundles = reserve(num_devices, resource, cluster.start_timeout_s)
+        try:
+            yield bundles
+        finally:
+            remove_placement_group(bundles[0].group)
+    finally:
+        ray.shutdown()

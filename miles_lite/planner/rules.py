@@ -1,0 +1,119 @@
+"""Combinations that cannot work, refused before anything starts: names, values, and the way out.
+
+What one section of the configuration can check alone is checked there; here are the rules that
+need the model's sizes or two sections at once. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from miles_lite.config import Config, ConfigError
+from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import ParallelDims
+
+
+def check(cfg: Config, model: NemotronH) -> None:
+    """Raise ConfigError on the first rule that `cfg` breaks for `model`."""
+    _check_trainer_layout(cfg, model)
+    _check_engine_layout(cfg, model)
+    _check_batch(cfg)
+    _check_lengths(cfg)
+
+
+def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
+    dims = cfg.parallel.dims
+    _check_tensor_parallel("parallel.tp", dims.tp, model)
+    _divides("parallel.pp", dims.pp, "layers of the pattern", model.num_layers)
+    if "E" not in model.pattern:
+        if dims.ep != 1:
+            raise ConfigError(f"parallel.ep = {dims.ep} but the model has no experts: set it to 1")
+        return
+    _divides("parallel.ep", dims.ep, "experts (n_routed_experts)", model.num_experts)
+    _divides("parallel.expert_tp", dims.expert_tp, "expert width", model.expert_ffn_size)
+    _check_expert_grid(dims)
+
+
+def _check_expert_grid(dims: ParallelDims) -> None:
+    ranks = dims.tp * dims.dp
+    if ranks % (dims.ep * dims.expert_tp):
+        raise ConfigError(
+            f"parallel.ep x expert_tp = {dims.ep} x {dims.expert_tp} does not divide the "
+            f"{ranks} ranks of a pipeline stage (tp x dp = {dims.tp} x {dims.dp}); "
+            f"ep x expert_tp may be {_divisors(ranks)}"
+        )
+
+
+def _check_tensor_parallel(key: str, tp: int, model: NemotronH) -> None:
+    """Whole heads and whole Mamba groups on every rank. Key-value heads may be shared by ranks."""
+    if "M" in model.pattern:
+        _divides(key, tp, "Mamba groups (n_groups)", model.mamba_num_groups)
+        _divides(key, tp, "Mamba heads", model.mamba_num_heads)
+    if "*" in model.pattern:
+        _divides(key, tp, "attention heads", model.num_heads)
+        kv = model.num_kv_heads
+        if kv % tp and tp % kv:
+            raise ConfigError(
+                f"{key} = {tp} and {kv} key-value heads: one must divide the other; "
+                f"{key} may be {_divisors(model.num_heads)}"
+            )
+    if "E" in model.pattern:
+        _divides(key, tp, "shared expert width", model.shared_ffn_size)
+    if "-" in model.pattern:
+        _divides(key, tp, "MLP width", model.dense_ffn_size)
+    _divides(key, tp, "vocabulary", model.vocab_size)
+
+
+def _check_engine_layout(cfg: Config, model: NemotronH) -> None:
+    engine, dims = cfg.rollout.engine, cfg.rollout.engine.dims
+    devices = cfg.parallel.dims.world_size
+    if engine.num_engines * engine.tp > devices:
+        raise ConfigError(
+            f"rollout.engine.num_engines x tp = {engine.num_engines} x {engine.tp} processes, but "
+            f"the trainer has {devices} devices (parallel.tp x pp x dp) and engines share them: "
+            "make engines fewer or smaller, or the trainer larger"
+        )
+    _check_tensor_parallel("rollout.engine.tp / dp", dims.attn_tp, model)
+    if "E" in model.pattern:
+        _divides("rollout.engine.ep", dims.ep, "experts (n_routed_experts)", model.num_experts)
+        _divides("rollout.engine.tp / ep", dims.expert_tp, "expert width", model.expert_ffn_size)
+
+
+def _check_batch(cfg: Config) -> None:
+    samples, batch = cfg.rollout.num_samples, cfg.train.global_batch
+    if samples % batch:
+        raise ConfigError(
+            f"rollout.num_prompts x samples_per_prompt = {cfg.rollout.num_prompts} x "
+            f"{cfg.rollout.samples_per_prompt} = {samples} samples a step do not split into updates "
+            f"of train.global_batch = {batch}; it may be {_divisors(samples)}"
+        )
+    if batch < cfg.parallel.dp:
+        raise ConfigError(
+            f"train.global_batch = {batch} samples cannot feed parallel.dp = {cfg.parallel.dp} ranks"
+        )
+    if cfg.rollout.samples_per_prompt == 1:
+        raise ConfigError(
+            "rollout.samples_per_prompt = 1: a group of one has no advantage, GRPO would learn "
+            "nothing; use 2 or more"
+        )
+
+
+def _check_lengths(cfg: Config) -> None:
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
+    if longest > cfg.train.max_sequence_tokens:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} may exceed "
+            f"train.max_sequence_tokens = {cfg.train.max_sequence_tokens}, the longest sequence "
+            "that training accepts: raise it or shorten answers"
+        )
+
+
+def _divides(key: str, value: int, what: str, amount: int) -> None:
+    if amount % value:
+        raise ConfigError(
+            f"{key} = {value} does not divide the {amount} {what}; it may be {_divisors(amount)}"
+        )
+
+
+def _divisors(number: int) -> str:
+    """The first few divisors, for a message."""
+    found = [str(d) for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")

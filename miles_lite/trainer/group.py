@@ -1,0 +1,160 @@
+"""All trainer ranks as one `Trainer`: the driver's side."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import ray
+
+from miles_lite.cluster.actor import Remote, call_all, gather
+from miles_lite.metrics import finish, merge
+from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult
+from miles_lite.trainer.megatron.messages import RankReport, SyncReport, WorkerSpec
+from miles_lite.types import Batch
+from miles_lite.weights.hf import HfCheckpoint, HfWriter, iter_segments
+from miles_lite.weights.plan import Route, sync_plan
+from miles_lite.weights.table import hf_tensors, mtp_tensors, trainer_layout
+from miles_lite.weights.transport import compare
+
+
+class TrainerGroup:
+    """Implements protocols.Trainer over one remote worker a device."""
+
+    def __init__(
+        self,
+        workers: Sequence[Remote],
+        spec: WorkerSpec,
+        bucket_bytes: int,
+        start_timeout_s: float,
+    ) -> None:
+        self._workers = workers
+        self._spec = spec
+        self._model = NemotronH.from_folder(spec.model_path)
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = spec.train.timeout_s
+        self._plan: list[Route] = []
+        self._planned_for: tuple[str, ...] = ()  # engine ranks the plan was made for
+        address = workers[0].call("propose_address", deadline_s=start_timeout_s)
+        call_all(workers, "setup", address, deadline_s=start_timeout_s)
+
+    @property
+    def dp(self) -> int:
+        return self._spec.dims.dp
+
+    def step(self, batch: Batch) -> StepResult:
+        """Samples travel by reference: one object a DP rank, fetched by the ranks that need it."""
+        dims = self._spec.dims
+        shares = [
+            ray.put([update.micro_batches[dp_rank] for update in batch.updates])
+            for dp_rank in range(dims.dp)
+        ]
+        begin = time.perf_counter()
+        calls = [
+            worker.start("step", shares[dims.dp_rank(rank)])
+            for rank, worker in enumerate(self._workers)
+        ]
+        reports: list[RankReport] = gather(calls, self._timeout_s)
+        metrics = finish(merge(*(report.partials for report in reports)))
+        seconds = time.perf_counter() - begin
+        num_tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
+        metrics["perf/train_time"] = seconds
+        metrics["perf/actor_train_tok_per_s"] = num_tokens / metrics["perf/actor_train_time"]
+        by_sample = {k: v for report in reports for k, v in report.logprobs.items()}
+        return StepResult(metrics, [by_sample[i] for i in range(len(by_sample))])
+
+    # ------------------------------------------------------------------ memory
+
+    def enter(self, phase: Phase) -> None:
+        call_all(self._workers, "enter", phase, deadline_s=self._timeout_s)
+
+    def held_bytes(self) -> Mapping[str, int]:
+        return _sum(call_all(self._workers, "held_bytes", deadline_s=self._timeout_s))
+
+    # ------------------------------------------------------------------ weights
+
+    def send_weights(self, rollout: Rollout, version: int) -> Metrics:
+        """See protocols.Trainer. Raises WeightSyncError naming engine rank and tensor."""
+        begin = time.perf_counter()
+        receivers = [r for engine in rollout.engines for r in engine.receivers()]
+        if self._planned_for != tuple(r.name for r in receivers):
+            self._make_plan(rollout.engines, receivers)
+        deadline = self._timeout_s
+        sent: list[SyncReport] = call_all(self._workers, "send_weights", deadline_s=deadline)
+        received = call_all(receivers, "finish_sync", version, deadline_s=deadline)
+        for route in self._plan:
+            compare(
+                receivers[route.target].name,
+                route.copies,
+                sent[route.source].checksums[route.target],
+                received[route.target][route.source],
+            )
+        for engine in rollout.engines:
+            engine.version = version
+        rollout.version = version
+        return {
+            "perf/update_weights_time": time.perf_counter() - begin,
+            "sync/bytes": float(sum(report.num_bytes for report in sent)),
+            "sync/send_time_max": max(report.seconds for report in sent),
+            "sync/version": float(version),
+        }
+
+    def _make_plan(self, engines: Sequence[Engine], receivers: Sequence[Remote]) -> None:
+        """Derive who sends what to whom and tell both sides. Once per set of engine processes."""
+        dims = self._spec.dims
+        targets = [hosted for engine in engines for hosted in engine.layout()]
+        self._plan = sync_plan(
+            hf_tensors(self._model),
+            [trainer_layout(self._model, dims, rank) for rank in range(dims.world_size)],
+            targets,
+            home=list(range(len(targets))),  # engine rank i sits on the device of trainer rank i
+            element_bytes=4 if self._spec.dtype == "fp32" else 2,
+            bucket_bytes=self._bucket_bytes,
+        )
+        calls = [
+            worker.start("set_routes", [r for r in self._plan if r.source == rank], receivers)
+            for rank, worker in enumerate(self._workers)
+        ]
+        calls += [
+            receiver.start("set_routes", [r for r in self._plan if r.target == index])
+            for index, receiver in enumerate(receivers)
+        ]
+        gather(calls, self._timeout_s)
+        self._planned_for = tuple(r.name for r in receivers)
+
+    def export_hf(self, folder: Path) -> None:
+        """Every rank writes its rows straight into the files; replicas are written once."""
+        dims, source = self._spec.dims, HfCheckpoint(self._spec.model_path)
+        writer = HfWriter(folder, source)
+        writer.create()
+        owner: dict[tuple[str, int, int], int] = {}
+        for rank in range(dims.world_size):
+            for hosted in trainer_layout(self._model, dims, rank):
+                for tensor, start, _, count in iter_segments(hosted):
+                    owner.setdefault((tensor, start, start + count), rank)
+        calls = [
+            worker.start("export_hf", folder, [piece for piece, r in owner.items() if r == rank])
+            for rank, worker in enumerate(self._workers)
+        ]
+        gather(calls, self._timeout_s)
+        for name in mtp_tensors(self._model):
+            writer.copy_from_template(name)
+        writer.finish()
+
+    def close(self) -> None:
+        """End all workers; their shared memory goes with them."""
+        try:
+            call_all(self._workers, "close", deadline_s=10.0)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+
+
+def _sum(parts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return total

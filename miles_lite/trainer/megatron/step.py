@@ -1,0 +1,228 @@
+"""One training step on one rank: old log-probs, drift, then the updates, in Megatron's schedules.
+
+Import only after cpu_compat.install().
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as groups
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from miles_lite.algo.drift import rollout_drift, update_drift
+from miles_lite.algo.losses import LogProbs, LossSettings, Responses, policy_loss, responses
+from miles_lite.metrics import Max, Mean, Partial, Sum, merge
+from miles_lite.trainer.megatron.forward import forward_step, packed
+from miles_lite.trainer.megatron.messages import RankReport
+from miles_lite.trainer.megatron.optimizer import NonFiniteError, Optimizer
+from miles_lite.types import MicroBatch
+
+Share = Sequence[Sequence[MicroBatch]]  # [update][micro-batch] of one DP rank
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    loss: LossSettings
+    temperature: float
+    chunk_tokens: int  # fp32 logits exist for this many tokens at a time
+
+
+class Step:
+    """Trains `ddp` on one DP rank's share of a batch.
+
+    reference: host copies of the frozen reference's parameters by position, or () without KL.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        optimizer: Optimizer,
+        settings: Settings,
+        reference: Sequence[torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self._ddp = ddp
+        self._optimizer = optimizer
+        self._settings = settings
+        self._reference = reference
+        self._device = device
+        self._run_schedule = get_forward_backward_func()
+        # every TP rank of the last stage computes the same losses: one of them speaks for all
+        self._computes_loss = groups.is_pipeline_last_stage()
+        self._reports = self._computes_loss and groups.get_tensor_model_parallel_rank() == 0
+
+    def __call__(self, share: Share) -> RankReport:
+        begin = time.perf_counter()
+        old = [self._forward_only(micro_batches) for micro_batches in share]
+        after_old = time.perf_counter()
+        reference = self._reference_logprobs(share)
+        report = self._drift(share, old)
+        begin_train = time.perf_counter()
+        for index, micro_batches in enumerate(share):
+            report = merge(report, self._update(micro_batches, old[index], reference[index]))
+        times = {
+            "perf/log_probs_time": Max(after_old - begin),
+            "perf/actor_train_time": Max(time.perf_counter() - begin_train),
+        }
+        if self._reference:
+            times["perf/ref_log_probs_time"] = Max(begin_train - after_old)
+        if not self._reports:
+            return RankReport(dict(times), {})
+        return RankReport(merge(report, times), _by_sample(share, old))
+
+    # -------------------------------------------------------------- forward only
+
+    def _forward_only(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        """Log-probs [N] of each micro-batch; empty list on ranks that have none."""
+        self._ddp.eval()
+        with torch.no_grad():
+            outputs = self._schedule(micro_batches, lambda _: lambda out: (out.new_zeros(()), out))
+        self._ddp.train()
+        return [output[0].clone() for output in outputs]
+
+    def _reference_logprobs(self, share: Share) -> list[list[torch.Tensor]]:
+        """As _forward_only under the frozen reference's weights; the policy's are put back."""
+        if not self._reference:
+            return [[] for _ in share]
+        params = list(self._ddp.module.parameters())
+        policy = [p.data.to("cpu", copy=True) for p in params]
+        for param, frozen in zip(params, self._reference, strict=True):
+            param.data.copy_(frozen)
+        logprobs = [self._forward_only(micro_batches) for micro_batches in share]
+        for param, own in zip(params, policy, strict=True):
+            param.data.copy_(own)
+        return logprobs
+
+    def _drift(self, share: Share, old: list[list[torch.Tensor]]) -> dict[str, Partial]:
+        """Trainer against engine: same weights, same tokens, before anything is trained."""
+        if not self._reports:
+            return {}
+        parts = []
+        for micro_batches, logprobs in zip(share, old, strict=True):
+            for micro_batch, ours in zip(micro_batches, logprobs, strict=True):
+                seen = responses(micro_batch, self._device)
+                # a later update weighs its tokens anew: the mean is over all updates of the step
+                parts.append(rollout_drift(ours, seen.rollout_logprobs, seen.weights))
+                parts.append(_sample_means("rollout/log_probs", ours, seen))
+                parts.append(_sample_means("rollout/rollout_log_probs", seen.rollout_logprobs, seen))
+        return merge(*parts)
+
+    # -------------------------------------------------------------- one update
+
+    def _update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        old: list[torch.Tensor],
+        reference: list[torch.Tensor],
+    ) -> dict[str, Partial]:
+        self._ddp.zero_grad_buffer()
+        self._optimizer.inner.zero_grad()
+        parts: list[dict[str, Partial]] = []
+        # Megatron averages over micro-batches and DP ranks; token weights already normalise
+        scale = len(micro_batches) * groups.get_data_parallel_world_size()
+
+        def loss_of(index: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+            def loss(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                seen = responses(micro_batches[index], self._device)
+                logprobs = LogProbs(
+                    current=out[0],
+                    old=old[index],
+                    reference=reference[index] if reference else None,
+                    entropy=out[1],
+                )
+                value, metrics = policy_loss(
+                    logprobs, seen.advantages, seen.weights, self._settings.loss
+                )
+                parts.append(_update_metrics(metrics, out[0].detach(), old[index], seen))
+                # the schedule divides the returned loss in place: it gets one of its own
+                return value * scale, value.detach()
+
+            return loss
+
+        losses = self._schedule(micro_batches, loss_of, train=True)
+        self._refuse_non_finite_loss(losses)
+        lr = self._optimizer.learning_rate()
+        norm = self._optimizer.step()
+        shared: dict[str, Partial] = {"train/grad_norm": Mean(norm, 1), "train/lr-pg_0": Max(lr)}
+        return merge(shared, *_mean_over_updates(parts)) if self._reports else {}
+
+    def _refuse_non_finite_loss(self, losses: Sequence[torch.Tensor]) -> None:
+        """Agree over all ranks, so that every rank stops here and names the same cause."""
+        broken = any(not bool(torch.isfinite(loss)) for loss in losses)
+        flag = torch.tensor([float(broken)], device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if flag.item():
+            raise NonFiniteError(
+                "a loss is NaN or infinite "
+                + ("on this rank" if broken else "on another rank")
+                + "; no weight was changed"
+            )
+
+    def _schedule(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_of: Callable[[int], Callable],
+        train: bool = False,
+    ) -> list[torch.Tensor]:
+        """Run Megatron's schedule; what loss functions returned second, in order of micro-batches."""
+        tp = groups.get_tensor_model_parallel_world_size()
+        settings = self._settings
+
+        def one(iterator: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            index = next(iterator)
+            inputs = packed(micro_batches[index], tp, self._device)
+            out = forward_step(model, inputs, settings.temperature, settings.chunk_tokens)
+            return out, loss_of(index)
+
+        return self._run_schedule(
+            forward_step_func=one,
+            data_iterator=iter(range(len(micro_batches))),
+            model=[self._ddp],
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # shapes vary: stages tell each other
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+
+
+def _update_metrics(
+    metrics: dict[str, torch.Tensor], current: torch.Tensor, old: torch.Tensor, seen: Responses
+) -> dict[str, Partial]:
+    """Sums of one micro-batch; token weights make them means over the update."""
+    sums: dict[str, Partial] = {name: Sum(float(value)) for name, value in metrics.items()}
+    return merge(sums, update_drift(current, old, seen.lengths))
+
+
+def _mean_over_updates(parts: list[dict[str, Partial]]) -> Iterator[dict[str, Partial]]:
+    """Sums over an update's micro-batches and ranks are means of that update: keep the divisor.
+
+    Each DP rank adds its part of the sum; only one of them may add the 1 to the divisor.
+    """
+    counts = 1.0 if groups.get_data_parallel_rank() == 0 else 0.0
+    for name, partial in merge(*parts).items():
+        if isinstance(partial, Sum) and name != "train/nonfinite_logprobs":
+            yield {name: Mean(partial.value, counts)}
+        else:
+            yield {name: partial}
+
+
+def _sample_means(name: str, values: torch.Tensor, seen: Responses) -> dict[str, Partial]:
+    """Mean over samples of the mean over their tokens."""
+    means = [v.double().mean() for v in values.split(seen.lengths) if v.numel()]
+    return {name: Mean(float(sum(means)), len(means))}
+
+
+def _by_sample(share: Share, old: list[list[torch.Tensor]]) -> dict[int, list[float]]:
+    found = {}
+    for micro_batches, logprobs in zip(share, old, strict=True):
+        for micro_batch, values in zip(micro_batches, logprobs, strict=True):
+            lengths = [sequence.response_len for sequence in micro_batch.sequences]
+            for sequence, one in zip(micro_batch.sequences, values.split(lengths), strict=True):
+                found[sequence.sample] = one.tolist()
+    return found

@@ -1,0 +1,178 @@
+"""One trainer rank, from the outside: what the trainer group may ask of it. Lives in a Ray actor."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.protocols import Bucket, Hosted, Phase
+from miles_lite.trainer.megatron import setup
+from miles_lite.trainer.megatron.messages import SyncReport, WorkerSpec
+from miles_lite.weights.hf import HfCheckpoint, HfWriter
+from miles_lite.weights.plan import Route
+from miles_lite.weights.table import trainer_layout
+from miles_lite.weights.transport import Slots, bucket_bytes, pack, source_checksums
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class MegatronWorker:
+    def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        self._spec = spec
+        self._rank = rank
+        self._device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
+        self._dtype = DTYPES[spec.dtype]
+        self._model = NemotronH.from_folder(spec.model_path)
+        self._hosted = trainer_layout(self._model, spec.dims, rank)
+        self._routes: dict[int, Route] = {}
+        self._receivers: Sequence[Any] = ()
+        self._slots: Slots | None = None
+
+    def propose_address(self) -> str:
+        """A free host:port on this rank's node, for the others to meet at."""
+        host = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def setup(self, address: str) -> None:
+        """Join the group at `address`, build the model, load HF weights, make the optimizer."""
+        spec = self._spec
+        setup.init(self._rank, address, spec.dims, spec.seed, spec.train.timeout_s)
+        # these modules import megatron, which must see the CPU look-alikes installed by `init`
+        from miles_lite.trainer.megatron import memory, optimizer, step
+        from miles_lite.trainer.megatron.model import build_model, named_weights, transformer_config
+
+        config = transformer_config(self._model, spec.dims, self._dtype, spec.train.megatron)
+        module = build_model(self._model, config)
+        self._weights = named_weights(module)
+        self._load(HfCheckpoint(spec.model_path))
+        ddp = optimizer.wrap_ddp(
+            module, optimizer.use_distributed_optimizer(spec.optim, self._dtype)
+        )
+        # Megatron's buffers took the parameters over: the names must point at the live storage
+        self._weights = named_weights(ddp.module)
+        self._optimizer = optimizer.Optimizer(ddp, spec.optim, self._dtype)
+        self._optimizer.reload_masters()
+        self._memory = memory.DeviceMemory(ddp, self._device)
+        reference = []
+        if spec.algo.kl_loss_coef:
+            reference = [p.data.to("cpu", copy=True) for p in ddp.module.parameters()]
+        settings = step.Settings(
+            step.LossSettings(
+                eps_clip=spec.algo.eps_clip,
+                eps_clip_high=spec.algo.eps_clip_high,
+                eps_clip_c=spec.algo.eps_clip_c,
+                kl_loss_coef=spec.algo.kl_loss_coef,
+                kl_loss_type=spec.algo.kl_loss_type,
+                entropy_coef=spec.algo.entropy_coef,
+            ),
+            spec.temperature,
+            spec.train.logprob_chunk_tokens,
+        )
+        self._step = step.Step(ddp, self._optimizer, settings, reference, self._device)
+
+    def _load(self, checkpoint: HfCheckpoint) -> None:
+        """Fill every parameter and buffer; the table and the live model must name the same ones."""
+        planned = {hosted.param for hosted in self._hosted}
+        if planned != set(self._weights):
+            raise ValueError(
+                f"rank {self._rank}: weight table and live model differ; only in the table: "
+                f"{sorted(planned - set(self._weights))[:5]}, only in the model: "
+                f"{sorted(set(self._weights) - planned)[:5]}"
+            )
+        with torch.no_grad():
+            for hosted in self._hosted:
+                live, loaded = self._weights[hosted.param], checkpoint.read_hosted(hosted)
+                if live.shape != loaded.shape:
+                    raise ValueError(
+                        f"{hosted.param}: the model has shape {tuple(live.shape)}, the checkpoint "
+                        f"gives {tuple(loaded.shape)}"
+                    )
+                live.copy_(loaded)
+
+    # ------------------------------------------------------------------ training
+
+    def step(self, share: Any) -> Any:
+        """Train on this rank's share of the batch ([update][micro-batch]); returns a RankReport."""
+        return self._step(share)
+
+    def enter(self, phase: Phase) -> dict[str, int]:
+        """Free or take memory as `phase` says; bytes held afterwards by kind."""
+        self._memory.enter(phase)
+        return self.held_bytes()
+
+    def held_bytes(self) -> dict[str, int]:
+        return {**self._memory.held_bytes(), "optimizer": self._optimizer.state_bytes()}
+
+    # ------------------------------------------------------------------ weights out
+
+    def hosted(self) -> list[Hosted]:
+        return self._hosted
+
+    def set_routes(self, routes: Sequence[Route], receivers: Sequence[Any]) -> None:
+        """Once: the routes that start here, and remote handles of all engine ranks."""
+        self._routes = {route.target: route for route in routes}
+        self._receivers = receivers
+        buckets = [bucket for route in routes for bucket in route.buckets]
+        slot_bytes = max((bucket_bytes(bucket) for bucket in buckets), default=0)
+        self._slots = Slots(slot_bytes, f"rank{self._rank}") if slot_bytes else None
+
+    def send_weights(self) -> SyncReport:
+        """Send this rank's part of the weights, bucket by bucket; returns when all have been read.
+
+        Two slots: one is packed while the other is read. Destinations are visited in turns that
+        start after this rank, so that senders do not all queue at the same receiver.
+        """
+        begin = time.perf_counter()
+        jobs = [
+            (target, number, bucket)
+            for target in sorted(self._routes, key=lambda t: (t < self._rank, t))
+            for number, bucket in enumerate(self._routes[target].buckets)
+        ]
+        pending: list[Any] = [None, None]  # the call that still reads each slot
+        deadline = self._spec.sync_timeout_s
+        for turn, (target, number, copies) in enumerate(jobs):
+            assert self._slots is not None, "set_routes makes slots for what it is given"
+            which = turn % 2
+            if pending[which] is not None:
+                pending[which].result(deadline)
+            slot = self._slots.slots[which]
+            num_bytes = pack(self._weights.__getitem__, copies, self._dtype, slot)
+            bucket = Bucket((str(self._slots.paths[which]), slot.numel()), num_bytes)
+            pending[which] = self._receivers[target].start(
+                "load_bucket", self._rank, number, bucket
+            )
+        for call in pending:
+            if call is not None:
+                call.result(deadline)
+        checksums = {
+            target: source_checksums(self._weights.__getitem__, route.copies, self._dtype)
+            for target, route in self._routes.items()
+        }
+        num_bytes = sum(route.num_bytes for route in self._routes.values())
+        return SyncReport(checksums, num_bytes, time.perf_counter() - begin)
+
+    def export_hf(self, folder: Path, owned: Sequence[tuple[str, int, int]]) -> None:
+        """Write this rank's share of an HF checkpoint: `owned` lists (tensor, start, stop) rows."""
+        from miles_lite.weights.hf import iter_segments
+
+        writer = HfWriter(folder, HfCheckpoint(self._spec.model_path))
+        mine = set(owned)
+        for hosted in self._hosted:
+            for tensor, start, offset, count in iter_segments(hosted):
+                if (tensor, start, start + count) in mine:
+                    rows = self._weights[hosted.param].narrow(hosted.dim, offset, count)
+                    writer.write(tensor, hosted.dim, start, rows)
+
+    def close(self) -> None:
+        if self._slots is not None:
+            self._slots.close()

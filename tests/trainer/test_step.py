@@ -1,0 +1,287 @@
+"""A training step of the worker: the same weights at every layout, and the loss of plain torch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miles_lite.algo.packing import pack
+from miles_lite.config import AlgoConfig, OptimConfig, TrainConfig
+from miles_lite.metrics import finish, merge
+from miles_lite.parallel import ParallelDims
+from miles_lite.protocols import Phase
+from miles_lite.trainer.megatron.messages import WorkerSpec
+from miles_lite.types import Batch, TrainSequence
+from miles_lite.weights.hf import iter_segments
+from tests.trainer.conftest import Tiny
+from tests.trainer.ranks import World, run_ranks
+
+TEMPERATURE = 0.8
+
+
+def dims(tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1, expert_tp: int = 1) -> ParallelDims:
+    return ParallelDims(tp=tp, pp=pp, dp=dp, ep=ep, expert_tp=expert_tp)
+
+
+ONE = dims()
+# Adam divides by the gradient's own size: a large eps keeps it from blowing rounding up to lr
+OPTIM = OptimConfig(lr=1e-2, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rank reports of a step."""
+
+    metrics: dict[str, float]
+    logprobs: dict[int, list[float]]
+    rows: list[tuple[str, int, int, Any]]  # tensor, dim, start, numpy rows after the step
+    held: dict[str, dict[str, int]]  # phase -> kind -> bytes
+
+
+def sequences(num: int, vocab: int = 128) -> list[TrainSequence]:
+    draw = random.Random(7)
+    made = []
+    for sample in range(num):
+        length, prompt_len = draw.randint(6, 40), draw.randint(1, 5)
+        made.append(
+            TrainSequence(
+                tokens=tuple(draw.randrange(vocab) for _ in range(length)),
+                prompt_len=prompt_len,
+                logprobs=tuple(-4 + draw.gauss(0, 0.1) for _ in range(length - prompt_len)),
+                advantage=draw.gauss(0, 1),
+                sample=sample,
+            )
+        )
+    return made
+
+
+def batch_for(dp: int, aggregation: Any = "sample", max_tokens: int = 100) -> Batch:
+    return pack(
+        sequences(16),
+        dp=dp,
+        global_batch=8,  # two updates: the second one is off-policy
+        max_tokens=max_tokens,
+        hard_cap=200,
+        aggregation=aggregation,
+    )
+
+
+def spec_of(folder: Path, layout: ParallelDims, **changes: Any) -> WorkerSpec:
+    spec = WorkerSpec(
+        model_path=folder,
+        dtype="fp32",
+        device="cpu",
+        dims=layout,
+        train=TrainConfig(num_steps=1, global_batch=8, logprob_chunk_tokens=16, timeout_s=60),
+        optim=OPTIM,
+        algo=AlgoConfig(entropy_coef=0.01),
+        temperature=TEMPERATURE,
+        sync_timeout_s=60,
+        seed=0,
+    )
+    return replace(spec, **changes)
+
+
+def train(world: World, jobs: list[tuple[WorkerSpec, Batch]]) -> list[Trained]:
+    """Each job in turn on the ranks of this world."""
+    from miles_lite.trainer.megatron import setup
+    from miles_lite.trainer.megatron.worker import MegatronWorker
+
+    done = []
+    for port, (spec, batch) in zip(world.ports, jobs, strict=False):
+        worker = MegatronWorker(spec, world.rank)
+        worker.setup(f"127.0.0.1:{port}")
+        held = {phase.value: worker.enter(phase) for phase in (Phase.generate, Phase.train)}
+        dp_rank = spec.dims.dp_rank(world.rank)
+        report = worker.step([update.micro_batches[dp_rank] for update in batch.updates])
+        rows = [
+            (tensor, h.dim, start, worker._weights[h.param].detach().narrow(h.dim, off, n).numpy())
+            for h in worker.hosted()
+            for tensor, start, off, n in iter_segments(h)
+        ]
+        done.append(Trained(report.partials, report.logprobs, rows, held))  # pyright: ignore
+        setup.destroy()
+    return done
+
+
+def run(jobs: list[tuple[WorkerSpec, Batch]]) -> list[tuple[Trained, dict[str, torch.Tensor]]]:
+    """(merged report, whole HF tensors) of each job; all jobs have one world size."""
+    size = jobs[0][0].dims.world_size
+    by_rank = run_ranks(size, train, jobs, deadline_s=300)
+    results = []
+    for index in range(len(jobs)):
+        ranks = [by_rank[r][index] for r in range(size)]
+        metrics = finish(merge(*(r.metrics for r in ranks)))
+        logprobs = {k: v for r in ranks for k, v in r.logprobs.items()}
+        merged = Trained(metrics, logprobs, [], ranks[0].held)
+        results.append((merged, assemble([row for r in ranks for row in r.rows])))
+    return results
+
+
+def assemble(rows: list[tuple[str, int, int, Any]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from everybody's rows; replicas must agree to the bit."""
+    found: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+    for tensor, dim, start, values in rows:
+        mine, values = found.setdefault((tensor, dim), {}), torch.from_numpy(values)
+        if start in mine and mine[start].shape == values.shape:
+            assert torch.equal(mine[start], values), f"replicas of {tensor} differ"
+        mine[start] = values
+    return {
+        tensor: torch.cat([pieces[start] for start in sorted(pieces)], dim)
+        for (tensor, dim), pieces in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def single(tiny: Tiny) -> tuple[Trained, dict[str, torch.Tensor]]:
+    return run([(spec_of(tiny.folder, ONE), batch_for(1))])[0]
+
+
+def assert_same_step(
+    got: tuple[Trained, dict[str, torch.Tensor]],
+    wanted: tuple[Trained, dict[str, torch.Tensor]],
+    tolerance: float = 1e-5,
+) -> None:
+    assert got[1].keys() == wanted[1].keys()
+    worst = max((float((got[1][n] - w).abs().max()), n) for n, w in wanted[1].items())
+    assert worst[0] <= tolerance, worst
+    for name, value in wanted[0].metrics.items():
+        if not name.startswith("perf/"):
+            assert got[0].metrics[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+    assert got[0].logprobs.keys() == wanted[0].logprobs.keys()
+    for sample, values in wanted[0].logprobs.items():
+        assert got[0].logprobs[sample] == pytest.approx(values, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tiny: Tiny, single: Any) -> None:
+    layouts = [dims(dp=2, ep=2), dims(tp=2, ep=2), dims(tp=2, expert_tp=2), dims(pp=2), dims(dp=2)]
+    jobs = [(spec_of(tiny.folder, layout), batch_for(layout.dp)) for layout in layouts]
+    for got in run(jobs):
+        assert_same_step(got, single)
+
+
+@pytest.mark.slow
+def test_eight_ranks_train_as_one(tiny: Tiny, single: Any) -> None:
+    layout = dims(tp=2, pp=2, dp=2, ep=2)
+    (got,) = run([(spec_of(tiny.folder, layout), batch_for(2))])
+    assert_same_step(got, single)
+
+
+def test_one_rank_steps_as_plain_torch(tiny: Tiny, single: Any) -> None:
+    """transformers, the closed formula of the loss, and torch's own AdamW."""
+    trained, weights = single
+    expected, old = plain_step(tiny.folder, batch_for(1))
+    worst = max((float((weights[n] - w).abs().max()), n) for n, w in expected.items())
+    assert worst[0] <= 1e-5, worst
+    for sample, values in old.items():
+        assert trained.logprobs[sample] == pytest.approx(values, abs=1e-4)
+    drift = [
+        abs(a - b)
+        for s in sequences(16)
+        for a, b in zip(old[s.sample], s.logprobs, strict=True)
+    ]
+    assert trained.metrics["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(
+        max(drift), abs=1e-3
+    )
+
+
+def test_packing_token_aggregation_and_lr_zero(tiny: Tiny, single: Any) -> None:
+    """More micro-batches change nothing; a learning rate of 0 changes no weight at all."""
+    spec = spec_of(tiny.folder, ONE)
+    still = replace(spec, optim=replace(OPTIM, lr=0.0))
+    many, none = run([(spec, batch_for(1, max_tokens=41)), (still, batch_for(1))])
+    assert_same_step(many, single)
+    loaded = _hf_weights(tiny.folder)
+    for name, tensor in none[1].items():
+        assert torch.equal(tensor, loaded[name]), name
+
+
+def test_memory_of_phases(single: Any) -> None:
+    held = single[0].held
+    assert held["generate"]["grads"] == 0
+    assert held["train"]["grads"] > 0
+    assert held["train"]["weights"] == held["generate"]["weights"]
+
+
+@pytest.mark.slow
+def test_offloaded_optimizer_and_frozen_reference(tiny: Tiny, single: Any) -> None:
+    """CPU offload is the same maths. A KL to the start is 0 at first and then pulls back."""
+    spec = spec_of(tiny.folder, dims(dp=2, ep=2))
+    offload = replace(spec, optim=replace(OPTIM, cpu_offload=True))
+    kl = replace(spec, algo=replace(spec.algo, kl_loss_coef=0.1))
+    offloaded, pulled = run([(offload, batch_for(2)), (kl, batch_for(2))])
+    assert_same_step(offloaded, single)
+    assert 0 < pulled[0].metrics["train/kl_loss"] < 1
+    assert any(
+        not torch.allclose(pulled[1][name], tensor, atol=1e-6)
+        for name, tensor in single[1].items()
+    )
+
+
+# ------------------------------------------------------------------ the independent way
+
+
+def _hf_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def _on_disk(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """transformers' names and stacked experts -> those of the checkpoint."""
+    name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
+    if ".experts." in name and tensor.dim() == 3:
+        stem, kind = name.rsplit(".", 1)
+        return {f"{stem}.{e}.{kind}.weight": piece for e, piece in enumerate(tensor)}
+    return {name: tensor}
+
+
+def plain_step(
+    folder: Path, batch: Batch
+) -> tuple[dict[str, torch.Tensor], dict[int, list[float]]]:
+    """Two updates in one process: (weights after, old log-probs), one sequence at a time."""
+    from transformers import NemotronHForCausalLM
+
+    model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+
+    def logprob_entropy(s: TrainSequence) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(torch.tensor([s.tokens])).logits[0].float() / TEMPERATURE
+        logp = logits.log_softmax(-1)[s.prompt_len - 1 : -1]
+        targets = torch.tensor(s.tokens[s.prompt_len :])
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    with torch.no_grad():
+        old = {s.sample: logprob_entropy(s)[0] for s in batch.sequences}
+    # Megatron exempts biases and 1-D parameters from weight decay
+    flat = [p for n, p in model.named_parameters() if p.dim() == 1]
+    rest = [p for n, p in model.named_parameters() if p.dim() > 1]
+    adam = torch.optim.AdamW(
+        [{"params": rest, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}],
+        lr=OPTIM.lr,
+        betas=(OPTIM.beta1, OPTIM.beta2),
+        eps=OPTIM.eps,
+    )
+    for update in batch.updates:
+        members = [s for rank in update.micro_batches for mb in rank for s in mb.sequences]
+        adam.zero_grad()
+        for s in members:
+            logp, entropy = logprob_entropy(s)
+            ratio = (logp - old[s.sample]).exp()
+            a = s.advantage
+            pg = -torch.minimum(ratio * a, ratio.clamp(1 - 0.2, 1 + 0.28) * a)
+            ((pg - 0.01 * entropy).mean() / len(members)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_grad)
+        adam.step()
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        weights |= _on_disk(name, tensor)
+    return weights, {k: v.tolist() for k, v in old.items()}
