@@ -19,7 +19,7 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, derive_seed
-from miles_lite.rollout.rewards import RewardLimits, RewardWorkers, preflight
+from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
 from miles_lite.trainer.group import TrainerGroup
 from miles_lite.types import Prompt, Sampling
 
@@ -60,8 +60,6 @@ def check(cfg: Config) -> Inputs:
     eval_prompts = _load(cfg, cfg.data.eval, tokenizer) if cfg.data.eval else []
     if not model.eos_token_ids:
         raise ConfigError(f"{cfg.model.path}: no eos_token_id, so answers would never stop")
-    with _reward_workers(cfg, num_workers=1) as workers:
-        preflight(workers, train_prompts[0])
     sampling = Sampling(
         seed=cfg.seed,
         max_new_tokens=cfg.rollout.max_response_tokens,
@@ -85,9 +83,10 @@ def start(cfg: Config, inputs: Inputs) -> Iterator[Parts]:
         engines = _start_engines(cfg, inputs.model, bundles, device, env)
         trainer = _start_trainer(cfg, bundles, device, env)
         stack.callback(trainer.close)
-        for engine in engines:
+        for index, engine in enumerate(engines):
             stack.callback(engine.close)
-            engine.connect(cfg.cluster.start_timeout_s)
+            host = bundles[index * cfg.rollout.engine.tp].host
+            engine.connect(host, cfg.cluster.start_timeout_s)
         rewards = stack.enter_context(_reward_workers(cfg, cfg.reward.workers))
         rollout = RolloutManager(
             engines,
@@ -135,7 +134,8 @@ def _start_trainer(
         )
         for rank, bundle in enumerate(bundles)
     ]
-    return TrainerGroup(workers, spec, cfg.sync.bucket_bytes, cfg.cluster.start_timeout_s)
+    host = bundles[0].host
+    return TrainerGroup(workers, host, spec, cfg.sync.bucket_bytes, cfg.cluster.start_timeout_s)
 
 
 def _start_engines(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
@@ -54,16 +55,18 @@ def _train(overrides: Sequence[str]) -> None:
     from miles_lite import build
     from miles_lite.config import compose
     from miles_lite.console import Console
-    from miles_lite.run import Run
+    from miles_lite.run import Run, read_metrics
+    from miles_lite.summary import lines, summarize
     from miles_lite.train import train
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
-    run = Run.create(cfg)
-    with (
-        run,
-        Console(cfg.experiment, cfg.train.num_steps, run.folder) as console,
-        build.start(cfg, inputs) as parts,
-    ):
-        train(cfg, run, parts.trainer, parts.rollout, parts.prompts, parts.eval_set, console)
-        console.summary(run.finish())
+    with Run.create(cfg, datetime.now()) as run:
+        with (
+            Console(cfg.experiment, cfg.train.num_steps, start=run.start) as console,
+            build.start(cfg, inputs) as parts,
+        ):
+            train(cfg, run, parts.trainer, parts.rollout, parts.prompts, parts.eval_set, console)
+        summary = summarize(run.folder, read_metrics(run.folder))
+        run.finish(summary)
+    console.summary(lines(summary))

@@ -37,7 +37,7 @@ def train(
         console.phase("generate")
         devices.enter(Phase.generate)
         if eval_set and _eval_due(step, run.start, cfg.eval.every):
-            _evaluate(run, step, rollout, eval_set)
+            _evaluate(run, step, rollout, eval_set, console)
         begin_rollout = time.perf_counter()
         groups = rollout.generate(prompts.take(cfg.rollout.num_prompts))
         metrics = throughput(groups, begin_rollout)
@@ -71,7 +71,7 @@ def train(
     if eval_set:
         console.phase("evaluate")
         devices.enter(Phase.generate)
-        _evaluate(run, cfg.train.num_steps, rollout, eval_set)
+        _evaluate(run, cfg.train.num_steps, rollout, eval_set, console)
         devices.enter(Phase.sync)
     console.phase("export")
     trainer.export_hf(run.hf_folder)
@@ -81,7 +81,10 @@ def _eval_due(step: int, start: int, every: int) -> bool:
     return step == start or (every > 0 and step % every == 0)
 
 
-def _evaluate(run: Run, step: int, rollout: RolloutManager, eval_set: EvalSet) -> None:
+def _evaluate(
+    run: Run, step: int, rollout: RolloutManager, eval_set: EvalSet, console: Console
+) -> None:
     metrics, groups = evaluate(rollout, eval_set)
     run.log_eval(step, metrics)
     run.save_eval(step, eval_set.name, groups)
+    console.evaluated(step, metrics)

@@ -24,8 +24,6 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
     there are.
     """
     resource = "GPU" if device == "cuda" else CPU_DEVICE
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # a rank's message must not vanish as a repeat
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = cluster.address == "local"
     ray.init(
         address=cluster.address,

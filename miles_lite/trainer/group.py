@@ -22,11 +22,12 @@ from miles_lite.weights.transport import compare
 
 
 class TrainerGroup:
-    """Implements protocols.Trainer over one remote worker a device."""
+    """Implements protocols.Trainer over one remote worker a device; rank 0's sits on `host`."""
 
     def __init__(
         self,
         workers: Sequence[Remote],
+        host: str,
         spec: WorkerSpec,
         bucket_bytes: int,
         start_timeout_s: float,
@@ -38,8 +39,8 @@ class TrainerGroup:
         self._timeout_s = spec.train.timeout_s
         self._plan: list[Route] = []
         self._planned_for: tuple[str, ...] = ()  # engine ranks the plan was made for
-        address = workers[0].call("propose_address", deadline_s=start_timeout_s)
-        call_all(workers, "setup", address, deadline_s=start_timeout_s)
+        port = workers[0].call("propose_port", deadline_s=start_timeout_s)
+        call_all(workers, "setup", f"{host}:{port}", deadline_s=start_timeout_s)
 
     @property
     def dp(self) -> int:

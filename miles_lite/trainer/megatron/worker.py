@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class MegatronWorker:
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        # of every rank, at every start: what is not installed, what torch will rename one day
+        warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._spec = spec
         self._rank = rank
@@ -36,12 +39,11 @@ class MegatronWorker:
         self._receivers: Sequence[Any] = ()
         self._slots: Slots | None = None
 
-    def propose_address(self) -> str:
-        """A free host:port on this rank's node, for the others to meet at."""
-        host = socket.gethostbyname(socket.gethostname())
+    def propose_port(self) -> int:
+        """A free port of this rank's host, for all ranks to meet at."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return f"{host}:{probe.getsockname()[1]}"
+            return probe.getsockname()[1]
 
     def setup(self, address: str) -> None:
         """Join the group at `address`, build the model, load HF weights, make the optimizer."""

@@ -1,0 +1,86 @@
+"""How far two policies that should be one have drifted apart, per token and per sample.
+
+Twice in a step: the engine that drew the tokens against the trainer's forward pass of the same
+weights (numerics; anything large is a bug), and the policy in training against the one before the
+first update (off-policyness).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from miles_lite.algo.losses import kl_estimate
+from miles_lite.metrics import Max, Mean, Partial, Sum
+
+
+@torch.no_grad()
+def rollout_drift(trainer: Tensor, rollout: Tensor, weights: Tensor) -> dict[str, Partial]:
+    """Partials of trainer against engine log-probs [N] of the same response tokens and weights.
+
+    `train_rollout_logprob_abs_diff` is the mean of |trainer - rollout| under the loss's own token
+    weights [N]; `train_rollout_kl` that of the clamped k3 estimate of KL(rollout || trainer).
+    Tokens with a non-finite log-prob on either side are left out of these means and counted in
+    `nonfinite_logprobs`: a mean without its count says nothing.
+    """
+    # Where "old log-probs" are borrowed from the engine both names reach the same numbers, and the
+    # drift would read as a perfect 0 for ever.
+    same = trainer is rollout or (trainer.numel() and trainer.data_ptr() == rollout.data_ptr())
+    assert not same, "drift of a tensor to itself: pass the trainer's log-probs and the engine's"
+    assert trainer.shape == rollout.shape == weights.shape
+    finite = trainer.isfinite() & rollout.isfinite()
+    trainer, rollout, weights = (x[finite].double() for x in (trainer, rollout, weights))
+    diff = (trainer - rollout).abs()
+    kl = kl_estimate(rollout, trainer, "low_var_kl")
+    largest = diff.max() if diff.numel() else diff.new_tensor(-torch.inf)
+    # One transfer from the device for all five.
+    total_diff, total_kl, total_weight, max_diff, broken = torch.stack(
+        [
+            (weights * diff).sum(),
+            (weights * kl).sum(),
+            weights.sum(),
+            largest,
+            (~finite).sum().double(),
+        ]
+    ).tolist()
+    return {
+        "train/train_rollout_logprob_abs_diff": Mean(total_diff, total_weight),
+        "train/train_rollout_logprob_abs_diff_max": Max(max_diff),
+        "train/train_rollout_kl": Mean(total_kl, total_weight),
+        "train/nonfinite_logprobs": Sum(broken),
+    }
+
+
+@torch.no_grad()
+def update_drift(current: Tensor, old: Tensor, lengths: Sequence[int]) -> dict[str, Partial]:
+    """`ess_ratio` of current against old log-probs [N], averaged over samples with a response.
+
+    1 on the first update of a rollout; NaN when a log-prob is, as is the loss of that update.
+    """
+    assert current is not old, "drift of a tensor to itself"
+    ratios = ess_ratios(current - old, lengths).tolist()
+    told = [ratio for ratio, length in zip(ratios, lengths, strict=True) if length]
+    return {"train/ess_ratio": Mean(sum(told), len(told))}
+
+
+@torch.no_grad()
+def ess_ratios(log_weights: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[B] effective sample size (sum w)^2 / (n sum w^2) of each run of `lengths` tokens, in (0, 1].
+
+    log w [N] is the log-ratio of the importance weights, current - old for an update. A common
+    factor cancels, so each sample is scaled by its largest weight and nothing overflows. NaN for a
+    sample without tokens.
+    """
+    assert sum(lengths) == log_weights.numel()
+    ratios = [
+        _ess(sample - sample.max()) if sample.numel() else sample.new_tensor(torch.nan)
+        for sample in log_weights.double().split(list(lengths))
+    ]
+    return torch.stack(ratios)
+
+
+def _ess(log_weights: Tensor) -> Tensor:
+    w = log_weights.exp()
+    return w.sum().square() / (w.numel() * w.square().sum())

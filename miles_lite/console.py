@@ -1,0 +1,214 @@
+"""What a person sees of a run: one live view in a terminal, plain lines anywhere else.
+
+The live view owns the last few lines of the terminal. All that is printed or logged meanwhile
+appears above it, and an exception finds the terminal as it was. A call only notes what happened
+(well under a millisecond); a thread of rich draws four times a second.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from threading import Timer
+from types import TracebackType
+
+from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from miles_lite.log import printable
+from miles_lite.protocols import Metrics
+
+# What is shown of a step: title, metric, format, and whether the view draws its history.
+SHOWN = (
+    ("reward", "rollout/raw_reward", "{:.3f}", True),
+    ("drift", "train/train_rollout_logprob_abs_diff", "{:.2e}", True),
+    ("response", "rollout/response_len/mean", "{:,.1f} tokens", False),
+    ("step", "perf/step_time", "{:,.1f} s", False),
+    ("rollout", "perf/rollout_tokens_per_s", "{:,.0f} tokens/s", False),
+    ("train", "perf/actor_train_tok_per_s", "{:,.0f} tokens/s", False),
+)
+HISTORY = 48  # steps in a sparkline
+SLOW_PHASE_S = 10.0  # without a terminal, a phase that takes longer gets a line
+
+
+class Console:
+    """A context around the loop. Every method may be called from the driver's main thread only."""
+
+    def __init__(
+        self,
+        experiment: str,
+        num_steps: int,
+        *,
+        start: int = 0,
+        live: bool | None = None,
+        terminal: Terminal | None = None,
+        slow_phase_s: float = SLOW_PHASE_S,
+    ) -> None:
+        """start: the first step. live: whether to draw; None asks stdout. terminal: where to."""
+        self._experiment = printable(experiment)
+        self._num_steps = num_steps
+        self._terminal = terminal or Terminal(highlight=False, soft_wrap=live is False)
+        if live is None:
+            live = sys.stdout.isatty() and not self._terminal.is_dumb_terminal
+        self._slow_phase_s = slow_phase_s
+        self._alarm: Timer | None = None
+        self._done = start  # steps
+        self._phase = "start"
+        self._phase_begin = self._step_begin = time.monotonic()
+        self._step_times: list[float] = []
+        self._metrics: Metrics = {}
+        self._history: dict[str, list[float]] = {name: [] for _, name, _, drawn in SHOWN if drawn}
+        self._live = None
+        if live:  # last: it asks for the view at once
+            self._live = Live(
+                console=self._terminal, get_renderable=self._view, refresh_per_second=4
+            )
+
+    def __enter__(self) -> Console:
+        self._phase_begin = self._step_begin = time.monotonic()
+        if self._live:
+            self._live.start(refresh=True)
+        else:
+            self.phase(self._phase)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Gives the terminal back. Errors pass through; Python prints them below the last view."""
+        self._disarm()
+        if self._live:
+            self._live.stop()
+        if error is not None:
+            took = time.monotonic() - self._phase_begin
+            self._line(f"{self._position()}: ended in {self._phase} after {seconds(took)}")
+
+    def phase(self, name: str) -> None:
+        """A phase begins, and with it the one before ends."""
+        self._phase = printable(name)
+        self._phase_begin = time.monotonic()
+        if not self._live:
+            self._disarm()
+            self._alarm = Timer(self._slow_phase_s, self._still, (name,))
+            self._alarm.daemon = True
+            self._alarm.start()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Step number `step` (from 0) is done."""
+        now = time.monotonic()
+        self._step_times.append(now - self._step_begin)
+        self._step_begin = self._phase_begin = now
+        self._done = step + 1
+        self._metrics = metrics
+        for name, values in self._history.items():
+            values.append(metrics.get(name, math.nan))
+            del values[:-HISTORY]
+        if not self._live:
+            shown = [f"{title} {text}" for title, text in _shown(metrics)]
+            left = self._left_s()
+            shown += [f"{seconds(left)} left"] if left else []
+            self._line(f"step {self._done}/{self._num_steps}: " + ", ".join(shown))
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """Held-out results of the weights after `step` steps: a line that stays."""
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        self._line(f"evaluation after {step} steps: " + ", ".join(shown))
+
+    def summary(self, lines: Sequence[str]) -> None:
+        """Closing words. Call it after the context has ended, so that they come last."""
+        for line in lines:
+            self._line(line)
+
+    # -------------------------------------------------------------- inside
+
+    def _position(self) -> str:
+        """The step now under way; the last one when all are done."""
+        return f"step {min(self._done + 1, self._num_steps)}/{self._num_steps}"
+
+    def _left_s(self) -> float:
+        """Seconds to the end of the run, 0 when unknown: each step to come takes the median of the
+        recent ones. The first step warms up and is left out as soon as there is another.
+        """
+        recent = self._step_times[1:][-20:] or self._step_times
+        return (self._num_steps - self._done) * statistics.median(recent) if recent else 0.0
+
+    def _line(self, line: str) -> None:
+        text = Text(printable(line))
+        try:
+            self._terminal.print(text, soft_wrap=True)
+        except OSError:  # nobody reads any more (closed pipe, lost terminal): no reason to stop
+            pass
+
+    def _still(self, phase: str) -> None:
+        """Runs in the alarm's thread."""
+        self._line(f"{self._position()}: {phase}, {seconds(self._slow_phase_s)} so far")
+
+    def _disarm(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = None
+
+    def _view(self) -> RenderableType:
+        """Runs in rich's thread, or on entry and exit."""
+        now = time.monotonic()
+        head = Table.grid(padding=(0, 2))
+        left = max(0.0, self._left_s() - (now - self._step_begin))
+        head.add_row(
+            Text(self._experiment, "bold"),
+            ProgressBar(self._num_steps, self._done, width=24),
+            Text(self._position()),
+            Text(f"{self._phase} {seconds(now - self._phase_begin)}", "cyan"),
+            Text(f"{seconds(left)} left" if self._step_times else ""),
+        )
+        body = Table.grid(padding=(0, 2))
+        fancy = self._terminal.encoding.startswith("utf")
+        for title, name, form, drawn in SHOWN:
+            if drawn and name in self._metrics:
+                value = form.format(self._metrics[name])
+                line = sparkline(self._history[name], BLOCKS if fancy else ASCII)
+                body.add_row(Text(f"  {title}"), Text(value, justify="right"), Text(line, "green"))
+        rest = [f"{title} {text}" for title, text in _shown(self._metrics, drawn=False)]
+        return Group(head, body, Text("  " + "   ".join(rest)))
+
+
+BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"
+
+
+def sparkline(values: Sequence[float], marks: str = BLOCKS) -> str:
+    """One mark a value, from the lowest to the highest of them; "!" for NaN or infinity."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "!" * len(values)
+    low, top = min(finite), max(finite)
+    scale = (len(marks) - 1) / (top - low) if top > low else 0.0
+    return "".join(
+        marks[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values
+    )
+
+
+def seconds(duration: float) -> str:
+    """3.2 s, 4:05 (minutes) or 2:04:05."""
+    if duration < 60:
+        return f"{duration:.1f} s"
+    minutes, rest = divmod(round(duration), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _shown(metrics: Mapping[str, float], drawn: bool | None = None) -> list[tuple[str, str]]:
+    """Titles and formatted values of what this step has. drawn: only those (not) in a sparkline."""
+    return [
+        (title, form.format(metrics[name]))
+        for title, name, form, has_history in SHOWN
+        if name in metrics and drawn in (None, has_history)
+    ]

@@ -1,0 +1,59 @@
+"""Text to tokens and back, with the model's own tokenizer and chat template, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class ChatTokenizer:
+    """The tokenizer of an HF folder. It adds and drops nothing: the template writes every token."""
+
+    def __init__(self, backend: Any, folder: Path) -> None:
+        self._backend = backend  # a transformers tokenizer
+        self.folder = folder
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTokenizer:
+        """Read tokenizer and chat template from `folder`; ValueError names what is missing.
+
+        Code shipped inside the folder is never run, and nothing is looked up on a network.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"no tokenizer: {folder} is not a folder")
+        from transformers import AutoTokenizer  # slow to import
+
+        try:
+            backend = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+        if not backend.chat_template:
+            raise ValueError(
+                f"the tokenizer in {folder} has no chat template; "
+                "add a chat_template.jinja to the folder"
+            )
+        return cls(backend, folder)
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any]
+    ) -> str:
+        """The chat as text, ending where the assistant is to begin.
+
+        `template_kwargs` go to the template as they are, e.g. {"enable_thinking": False}.
+        """
+        return self._backend.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of `text` alone; special tokens are read where the text spells them."""
+        return tuple(self._backend.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, special tokens kept, spaces untouched."""
+        return self._backend.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

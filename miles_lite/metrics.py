@@ -1,0 +1,213 @@
+"""Numbers on their way out: partials that merge over micro-batches and ranks, and their sinks.
+
+A partial is what one micro-batch on one rank knows of a metric. Merging is associative and
+commutative, so it does not matter where or in which order it happens; NaN survives it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import netrc
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from miles_lite.protocols import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    value: float
+
+    def merge(self, other: Sum) -> Sum:
+        return Sum(self.value + other.value)
+
+    def finish(self) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    total: float  # sum of weight x value
+    weight: float  # sum of weights, or the number of values
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def finish(self) -> float:
+        """NaN if there was nothing to average: no number is not the number 0."""
+        return self.total / self.weight if self.weight else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    value: float  # -inf: nothing seen
+
+    def merge(self, other: Max) -> Max:
+        # Not max(): it keeps or drops a NaN depending on the order of its arguments.
+        keep = self.value >= other.value or math.isnan(self.value)
+        return self if keep else other
+
+    def finish(self) -> float:
+        return math.nan if self.value == -math.inf else float(self.value)
+
+
+Partial = Sum | Mean | Max
+
+
+def merge(*parts: Mapping[str, Partial]) -> dict[str, Partial]:
+    """One mapping of all; a metric missing from some parts is merged from the others."""
+    by_name: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, partial in part.items():
+            by_name.setdefault(name, []).append(partial)
+    for name, partials in by_name.items():
+        assert len(set(map(type, partials))) == 1, f"{name} is of several kinds: {partials}"
+    return {name: reduce(lambda a, b: a.merge(b), each) for name, each in by_name.items()}
+
+
+def finish(partials: Mapping[str, Partial]) -> Metrics:
+    return {name: partial.finish() for name, partial in partials.items()}
+
+
+# ------------------------------------------------------------------ sinks
+
+
+class Sink(Protocol):
+    """Where the metrics of each step go. Called by the driver only."""
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """metrics.jsonl: one JSON object a step, on disk when `log` returns.
+
+    JSON knows no NaN or infinity: they become null, and "nonfinite" tells which they were. A run
+    that resumes appends; where a step occurs twice the later line counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_cut_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        broken = {name: str(v) for name, v in metrics.items() if not math.isfinite(v)}
+        record: dict[str, Any] = {"step": step}
+        record |= {name: None if name in broken else value for name, value in metrics.items()}
+        if broken:
+            record["nonfinite"] = broken
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """A process killed while writing leaves the start of a line; what follows must not join it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+class WandbSink:
+    """Weights & Biases: metrics against step axes of their own, files under the run folder.
+
+    Without WANDB_API_KEY or a login the run is kept offline (`wandb sync` sends it later) and no
+    network call is made; WANDB_MODE overrides this. The run id lies in the run folder, so a resumed
+    run is the same run. Raises ImportError if wandb is not installed; any other failure of wandb is
+    logged and counted in `num_errors`, and the training goes on.
+    """
+
+    def __init__(
+        self, folder: Path, *, project: str, name: str, config: Mapping[str, Any] | None = None
+    ) -> None:
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_login() else "offline")
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or wandb's errors call home
+        wandb = import_module("wandb")
+        if not hasattr(wandb, "init"):  # a folder of that name in the working directory imports too
+            raise ImportError("wandb is not installed")
+        self.num_errors = 0
+        self._prefixes: set[str] = set()  # of metrics whose x-axis is defined
+        self._run: Any = None
+        try:
+            self._run = wandb.init(
+                dir=str(folder),
+                project=project,
+                name=name,
+                id=_run_id(folder),
+                resume=None if mode == "offline" else "allow",
+                mode=mode,
+                config=dict(config or {}),
+                settings=wandb.Settings(console="off"),
+            )
+        except Exception as error:
+            self._report("start", error)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """`step` fills in the x-axes ("train/step", ...) that the metrics do not bring along."""
+        if self._run is None:
+            return
+        prefixes = {name.split("/")[0] for name in metrics}
+        try:
+            for prefix in sorted(prefixes - self._prefixes):
+                self._run.define_metric(_axis(prefix))
+                self._run.define_metric(f"{prefix}/*", step_metric=_axis(prefix))
+                self._prefixes.add(prefix)
+            self._run.log({_axis(prefix): step for prefix in sorted(prefixes)} | metrics)
+        except Exception as error:
+            self._report("log", error)
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._report("finish", error)
+
+    def _report(self, what: str, error: Exception) -> None:
+        self.num_errors += 1
+        logger.warning("W&B failed to %s (error %d): %r", what, self.num_errors, error)
+
+
+def _axis(prefix: str) -> str:
+    """train/* counts updates, eval/* evaluations, all else (perf/*, reward/*, ...) rollouts."""
+    return f"{prefix if prefix in ('train', 'eval') else 'rollout'}/step"
+
+
+def _run_id(folder: Path) -> str:
+    """The W&B id of the run in this folder, made up once."""
+    path = folder / "wandb_run_id"
+    kept = path.read_text().strip() if path.exists() else ""
+    if not kept:
+        kept = uuid.uuid4().hex[:8]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(kept + "\n")
+    return kept
+
+
+def _has_wandb_login() -> bool:
+    """Whether wandb could go online without asking: a key in the environment or in the netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

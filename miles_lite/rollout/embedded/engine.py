@@ -1,0 +1,163 @@
+"""An embedded engine as the driver sees it: futures on this side, rank processes on the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miles_lite.cluster.actor import Remote, call_all
+from miles_lite.cluster.parallel import EngineDims
+from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.protocols import Hosted, Phase
+from miles_lite.rollout.embedded.layout import params
+from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.types import Completion, Request
+
+POLL_WAIT_S = 5.0  # a poll that finds nothing returns after this long, and is repeated
+
+
+class EngineError(RuntimeError):
+    """An engine cannot answer. The message names engine and rank."""
+
+
+class EmbeddedEngine:
+    """Implements protocols.Engine over the connected ranks of one engine, rank 0 first.
+
+    Requests of the same turn of the event loop reach rank 0 as one submission, so a gathered batch
+    is scheduled the same way every time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[Remote],
+        layout: tuple[NemotronH, EngineDims],
+        options: EngineOptions,
+        deadline_s: float,
+    ):
+        """deadline_s: for one completion, and for every call to a rank."""
+        self.name, self.ranks, self.options, self.deadline_s = name, ranks, options, deadline_s
+        self.model, self.dims = layout
+        self.version = -1
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._futures: dict[int, asyncio.Future[Completion]] = {}
+        self._unsent: list[Request] = []
+        self._sender: asyncio.Task[None] | None = None
+        self._poller: asyncio.Task[None] | None = None
+        self._has_strays = False  # requests of an event loop that is gone may still run
+
+    async def generate(self, request: Request) -> Completion:
+        """One completion. ValueError if the request can never be served, else EngineError."""
+        self.options.check(request, self.model)
+        self._adopt_loop()
+        if request.uid in self._futures:
+            raise ValueError(f"{self.name}: request uid {request.uid} is already under way")
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._futures[request.uid] = future
+        self._unsent.append(request)
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send())
+        try:
+            return await asyncio.wait_for(future, self.deadline_s)
+        except TimeoutError:
+            raise EngineError(
+                f"{self.name}: {self.ranks[0].name} did not finish request {request.uid} within "
+                f"{self.deadline_s:g} s"
+            ) from None
+        finally:
+            self._futures.pop(request.uid, None)
+
+    async def abort(self) -> None:
+        """End all unfinished requests and wait until they have resolved."""
+        self._adopt_loop()
+        if self._sender is not None:
+            await self._sender  # abort ends what was submitted before it, so let it be
+        waiting = list(self._futures.values())
+        if waiting:
+            await self._call("abort")
+            await asyncio.wait(waiting, timeout=self.deadline_s)
+
+    def connect(self, host: str, deadline_s: float) -> None:
+        """Let the ranks meet on rank 0's host; they serve from then on."""
+        address = self.ranks[0].call("listen", host, deadline_s=deadline_s)
+        call_all(self.ranks, "connect", address, deadline_s=deadline_s)
+
+    def close(self) -> None:
+        """End serving and the rank processes."""
+        try:
+            call_all(self.ranks, "close", deadline_s=self.deadline_s)
+        finally:
+            for rank in self.ranks:
+                rank.kill()
+
+    def enter(self, phase: Phase) -> None:
+        call_all(self.ranks, "enter", phase, deadline_s=self.deadline_s)
+
+    def held_bytes(self) -> Mapping[str, int]:
+        total: dict[str, int] = {}
+        for held in call_all(self.ranks, "held_bytes", deadline_s=self.deadline_s):
+            for kind, num_bytes in held.items():
+                total[kind] = total.get(kind, 0) + num_bytes
+        return total
+
+    def layout(self) -> Sequence[Sequence[Hosted]]:
+        return [
+            [hosted for param in params(self.model, self.dims, rank) for hosted in param.hosted]
+            for rank in range(self.dims.tp)
+        ]
+
+    def receivers(self) -> Sequence[Any]:
+        return self.ranks
+
+    def _adopt_loop(self) -> None:
+        """Every asyncio.run has its own event loop; what hung on the last one is given up."""
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        self._has_strays = self._has_strays or bool(self._futures)
+        self._loop, self._sender, self._poller = loop, None, None
+        self._futures, self._unsent = {}, []
+
+    async def _send(self) -> None:
+        """Submit all requests of this turn of the event loop, and see that someone polls."""
+        await asyncio.sleep(0)
+        self._sender, batch, self._unsent = None, self._unsent, []
+        try:
+            if self._has_strays:
+                await self._call("abort")
+                self._has_strays = False
+            await self._call("submit", batch)
+        except Exception as error:
+            self._fail([request.uid for request in batch], error)
+            return
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        """Resolve futures as completions arrive, until none is left."""
+        while self._futures:
+            try:
+                done = await self._call("poll", POLL_WAIT_S)
+            except Exception as error:
+                self._fail(list(self._futures), error)
+                return
+            for uid, completion in done:
+                # off the list at once: a poll more than needed would take completions of the next
+                # event loop with it when this one ends. None: given up by its caller
+                future = self._futures.pop(uid, None)
+                if future is not None and not future.done():
+                    future.set_result(completion)
+            await asyncio.sleep(0)  # let those who waited take themselves off the list
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        deadline_s = max(self.deadline_s, 2 * POLL_WAIT_S)
+        return await self.ranks[0].call_async(method, *args, deadline_s=deadline_s)
+
+    def _fail(self, uids: Sequence[int], error: Exception) -> None:
+        for uid in uids:
+            future = self._futures.get(uid)
+            if future is not None and not future.done():
+                failure = EngineError(f"{self.name}: {error}")
+                failure.__cause__ = error
+                future.set_exception(failure)

@@ -1,0 +1,270 @@
+"""The serving loop of one rank: all ranks of an engine take the same steps at the same time.
+
+Every step begins with a header, one small sum over all ranks:
+
+    [bytes of new requests, abort and stop flags, tokens of each dp group, bytes of its results]
+
+Only rank 0 hears from outside. It deals new requests out to dp groups by least load and broadcasts
+them; they take part from the next step on. So the schedule follows from the submissions alone.
+Groups send what they finished to rank 0 after the header that announced it.
+
+With nothing to do, rank 0 sleeps on its inbox and the others in the header's collective. Rank 0
+sends an empty header every quarter of `timeout_s`, so the collective timeout bounds how long a dead
+peer stays unnoticed, however long the engine idles.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from miles_lite.cluster.parallel import EngineDims
+from miles_lite.rollout.embedded.cache import Cache
+from miles_lite.rollout.embedded.comm import Comms, Store
+from miles_lite.rollout.embedded.model import Model, Step
+from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.rollout.embedded.sampler import draw
+from miles_lite.rollout.embedded.scheduler import Plan, Running, Scheduler
+from miles_lite.types import Completion, Request
+
+Done = list[tuple[int, Completion]]  # uid and completion
+
+ABORT, STOP = 1, 2
+
+
+@dataclass(slots=True)
+class Inbox:
+    """What rank 0 heard from outside since the last step; empty on other ranks."""
+
+    requests: list[Request] = field(default_factory=list)
+    flags: int = 0
+
+
+@dataclass(slots=True)
+class Load:
+    """What rank 0 knows of unfinished requests: the dp group and the cost of each."""
+
+    group_of: dict[int, int]  # uid -> dp group
+    cost_of: dict[int, int]  # uid -> tokens it may take
+    total: list[int]  # of each dp group
+
+    def assign(self, request: Request) -> int:
+        group = min(range(len(self.total)), key=self.total.__getitem__)
+        self.group_of[request.uid] = group
+        self.cost_of[request.uid] = len(request.tokens) + request.sampling.max_new_tokens
+        self.total[group] += self.cost_of[request.uid]
+        return group
+
+    def release(self, uid: int) -> None:
+        self.total[self.group_of.pop(uid)] -= self.cost_of.pop(uid)
+
+
+class Server:
+    """The thread that serves, and the queues between it and the callers on rank 0."""
+
+    def __init__(self, model: Model, dims: EngineDims, rank: int, options: EngineOptions):
+        self.model, self.dims, self.rank, self.options = model, dims, rank, options
+        self.device = torch.device(options.device)
+        self.cache: Cache | None = None  # there during Phase.generate
+        self.version = -1
+        self.scheduler = Scheduler(options.max_running, options.prefill_tokens)
+        self.failure = ""
+        self._inbox: queue.SimpleQueue[list[Request] | int] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Done | None] = queue.SimpleQueue()
+        self._load = Load({}, {}, [0] * dims.dp)
+        self._unsent: Done = []  # finished here, not yet at rank 0
+        self._state = threading.Condition()  # held during a step; guards all of the above
+        self._thread = threading.Thread(target=self._run, name=f"serve-{rank}", daemon=True)
+
+    # --- called from outside ---
+
+    def start(self, comms: Comms, store: Store | None) -> None:
+        self.comms = self.model.comms = comms
+        self._store = store
+        self._thread.start()
+
+    def put(self, message: list[Request] | int) -> None:
+        """Requests, ABORT or STOP, for the next step. Rank 0 only."""
+        self.check()
+        self._inbox.put(message)
+
+    def take(self, max_wait_s: float) -> Done:
+        """What finished since the last call; waits max_wait_s for at least one. Rank 0 only."""
+        done: Done = []
+        try:
+            batch = self._outbox.get(timeout=max_wait_s)
+            while True:
+                done.extend(batch or [])
+                batch = self._outbox.get_nowait()
+        except queue.Empty:
+            pass
+        self.check()
+        return done
+
+    def check(self) -> None:
+        """Raise what ended the serving thread, if it ended."""
+        if self.failure:
+            raise RuntimeError(self.failure)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Hold the serving thread between steps, once all this rank's requests are finished."""
+
+        def free() -> bool:
+            return bool(self.failure) or (self.scheduler.idle and not self._unsent)
+
+        with self._state:
+            if not self._state.wait_for(free, self.options.timeout_s):
+                raise RuntimeError(
+                    f"engine rank {self.rank} still has {len(self.scheduler.running)} running and "
+                    f"{len(self.scheduler.waiting)} waiting requests; abort before changing phase"
+                )
+            self.check()
+            yield
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    # --- the serving thread ---
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():  # thread-local, hence here
+                while self._step():
+                    pass
+        except BaseException as error:  # handed to the caller of take and put
+            self._fail(error)
+        finally:
+            self.comms.close()
+
+    def _step(self) -> bool:
+        """One step of this rank together with all others; False after STOP."""
+        inbox = self._read_inbox() if self.rank == 0 else Inbox()
+        with self._state:
+            plan = self.scheduler.plan()
+        requests = pickle.dumps([(self._load.assign(r), r) for r in inbox.requests])
+        results = pickle.dumps(self._unsent)
+        header = self._exchange(inbox, plan, len(requests), len(results))
+        num_bytes, flags, counts, sizes = header[0], header[1], *_halves(header[2:])
+        with self._state:
+            if num_bytes:
+                dealt = pickle.loads(self.comms.control.broadcast(requests, num_bytes))
+                mine = self.dims.dp_rank(self.rank)
+                self.scheduler.add(request for group, request in dealt if group == mine)
+            self._collect(results, sizes)
+            if flags & ABORT:
+                self._finish(self.scheduler.abort())
+            elif any(counts):
+                self._finish(self._forward(plan, counts))
+            self._state.notify_all()
+        return not flags & STOP
+
+    def _read_inbox(self) -> Inbox:
+        """New requests up to the first flag. Waits for a message only when nothing is under way."""
+        inbox = Inbox()
+        try:
+            wait_s = 0.0 if self._load.group_of else self.options.timeout_s / 4
+            message = self._inbox.get(block=wait_s > 0, timeout=wait_s or None)
+            while True:
+                if isinstance(message, int):
+                    inbox.flags = message
+                    break
+                inbox.requests.extend(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+        return inbox
+
+    def _exchange(
+        self, inbox: Inbox, plan: Plan | None, request_bytes: int, result_bytes: int
+    ) -> list[int]:
+        """The header, summed over ranks: each number has one rank that fills it in."""
+        header = [0] * (2 + 2 * self.dims.dp)
+        if self.rank == 0 and inbox.requests:
+            header[0] = request_bytes
+        header[1] = inbox.flags
+        if self.dims.attn_tp_rank(self.rank) == 0:
+            group = self.dims.dp_rank(self.rank)
+            header[2 + group] = plan.num_tokens if plan else 0
+            header[2 + self.dims.dp + group] = result_bytes if self._unsent else 0
+        return self.comms.control.sum(torch.tensor(header)).tolist()
+
+    def _collect(self, results: bytes, sizes: Sequence[int]) -> None:
+        """Bring results of other groups to rank 0."""
+        for group, num_bytes in enumerate(sizes):
+            leader = group * self.dims.attn_tp
+            if num_bytes and self.rank == leader:
+                self.comms.control.send(results, 0)
+                self._unsent = []
+            elif num_bytes and self.rank == 0:
+                self._deliver(pickle.loads(self.comms.control.receive(num_bytes, leader)))
+
+    def _forward(self, plan: Plan | None, counts: Sequence[int]) -> list[Running]:
+        """Run the model with the other groups and book one token for each sequence of the plan."""
+        assert self.cache is not None, "requests outside Phase.generate are refused"
+        step = Step.of(plan, self.device) if plan else None
+        logits = self.model.forward(step, counts, self.cache)
+        if plan is None or logits is None:
+            return []
+        sequences = plan.sequences
+        drawn = draw(
+            logits, [s.request.sampling for s in sequences], [s.position for s in sequences]
+        )
+        tokens, logprobs = torch.stack([part.double() for part in drawn]).tolist()  # the one sync
+        for sequence, logprob in zip(sequences, logprobs, strict=True):
+            if logprob != logprob:
+                raise RuntimeError(f"logits of request {sequence.request.uid} are not finite")
+        finished, moves = self.scheduler.advance(plan, [int(t) for t in tokens], logprobs)
+        self.cache.move(moves)
+        return finished
+
+    def _finish(self, sequences: Sequence[Running]) -> None:
+        """Hand out what ended: at once on rank 0, through the next header from other groups."""
+        if not sequences or self.dims.attn_tp_rank(self.rank):
+            return
+        done: Done = []
+        for s in sequences:
+            assert s.finish is not None
+            done.append(
+                (
+                    s.request.uid,
+                    Completion(tuple(s.tokens), tuple(s.logprobs), self.version, s.finish),
+                )
+            )
+        if self.rank == 0:
+            self._deliver(done)
+        else:
+            self._unsent.extend(done)
+
+    def _deliver(self, done: Done) -> None:
+        for uid, _ in done:
+            self._load.release(uid)
+        self._outbox.put(done)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first cause of the engine, tell the others through the store, wake callers."""
+        where = "".join(traceback.format_exception(error)[-3:])
+        text = f"engine rank {self.rank} stopped serving: {type(error).__name__}: {error}\n{where}"
+        try:
+            if self._store is not None:
+                if self._store.check(["failure"]):
+                    text = self._store.get("failure").decode()
+                else:
+                    self._store.set("failure", text)
+        except Exception:  # the store went with rank 0; our own text stands
+            pass
+        self.failure = text
+        self._outbox.put(None)
+        with self._state:
+            self._state.notify_all()
+
+
+def _halves(values: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]

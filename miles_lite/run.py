@@ -1,0 +1,292 @@
+"""The run folder as one object: all that stays of a run. A crash leaves no half-written file.
+
+    runs/tiny-20250101-120000/
+      config.yaml           the resolved configuration, plain values
+      environment.json      versions, machine, commit, command line
+      metrics.jsonl         one line a step (and one an evaluation)
+      samples/step_000000.jsonl.gz        one line a sample: SampleRecord
+      eval/<set>/step_000000.jsonl.gz     the same for held-out prompts
+      hf/                   the trained policy, written by the trainer
+      summary.json          how the run ended
+
+Step numbers count from 0: samples of step 0 were drawn by the first weights, and an evaluation at
+step n is one of the weights after n steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import yaml
+
+from miles_lite import environment
+from miles_lite.config import Config, ConfigError
+from miles_lite.metrics import JsonlSink, Sink, WandbSink
+from miles_lite.protocols import Metrics
+from miles_lite.types import Group, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class RunError(RuntimeError):
+    """Something of the run folder cannot be written. Says what, why, and how full the disk is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """One line of a samples file."""
+
+    step: int
+    prompt_uid: int  # row number in the data file
+    prompt: str  # rendered chat template
+    label: str
+    response: str  # special tokens kept
+    tokens: Sequence[int]  # [T] of the response
+    logprobs: Sequence[float]  # [T] of the engine
+    trainer_logprobs: Sequence[float]  # [T], or empty if the trainer did not see this sample
+    reward: float
+    invalid: str  # why there is no verdict; "" when there is one
+    version: int  # of the weights that drew it
+    finish: str  # a Finish
+
+
+class Run:
+    """Created by the driver, which alone writes here. A context: leaving it closes all sinks."""
+
+    def __init__(self, folder: Path, sinks: Sequence[Sink], start: int = 0) -> None:
+        self.folder = folder
+        self.start = start  # the first step to train
+        self._sinks = sinks
+
+    @classmethod
+    def create(cls, cfg: Config, now: datetime) -> Run:
+        """Make the folder of a new run, never one that exists. Raises ConfigError, RunError."""
+        _check(cfg)
+        name = cfg.log.name or f"{cfg.experiment}-{now:%Y%m%d-%H%M%S}"
+        with _writing(cfg.log.folder):
+            folder = _new_folder(cfg.log.folder, name)
+        plain = _plain(cfg)
+        _write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+        _write_json(folder / "environment.json", environment.describe())
+        with _writing(folder / "metrics.jsonl"):
+            sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
+        if cfg.log.wandb_project:
+            project = cfg.log.wandb_project
+            sinks.append(WandbSink(folder, project=project, name=folder.name, config=plain))
+        return cls(folder, sinks)
+
+    @property
+    def hf_folder(self) -> Path:
+        """Where the trainer exports the final policy."""
+        return self.folder / "hf"
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """To every sink. On disk when this returns."""
+        with _writing(self.folder / "metrics.jsonl"):
+            for sink in self._sinks:
+                sink.log(step, metrics)
+
+    def log_eval(self, step: int, metrics: Metrics) -> None:
+        """The same, for the "eval/..." metrics of the weights after `step` steps."""
+        self.log(step, metrics)
+
+    def save_samples(
+        self, step: int, groups: Sequence[Group], trainer_logprobs: Sequence[Sequence[float]]
+    ) -> None:
+        """Every sample of a step. trainer_logprobs: [sample in rollout order][token]."""
+        samples = [sample for group in groups for sample in group.samples]
+        assert len(samples) == len(trainer_logprobs), (len(samples), len(trainer_logprobs))
+        records = map(_record, itertools.repeat(step), samples, trainer_logprobs)
+        _write_samples(self.folder / "samples" / _file_name(step), records)
+
+    def save_eval(self, step: int, name: str, groups: Sequence[Group]) -> None:
+        """Every answer to the held-out prompts of set `name`."""
+        records = (_record(step, sample, ()) for group in groups for sample in group.samples)
+        _write_samples(self.folder / "eval" / name / _file_name(step), records)
+
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        outcome: Literal["finished", "failed", "interrupted"] = "finished",
+    ) -> None:
+        """Say how the run ended: `outcome` and whatever else is worth a line."""
+        values = {"outcome": outcome, **summary}
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = str(value)  # JSON has no NaN
+        _write_json(self.folder / "summary.json", values)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            outcome = "failed" if isinstance(error, Exception) else "interrupted"
+            try:
+                self.finish({"error": f"{type(error).__name__}: {error}"}, outcome)
+            except RunError as second:  # on a full disk, say; the first error is what matters
+                logger.error("%s", second)
+        for sink in self._sinks:
+            sink.close()
+
+
+# ------------------------------------------------------------------ reading, for tools and reports
+
+
+def read_metrics(folder: Path) -> dict[int, Metrics]:
+    """All metrics of a run by step, in order. Where a step was logged more than once (evaluations,
+    a resumed run), each metric has its latest value. A run may still be writing."""
+    steps: dict[int, Metrics] = {}
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):  # being written just now
+                break
+            record = json.loads(line)
+            broken = {name: float(value) for name, value in record.pop("nonfinite", {}).items()}
+            steps.setdefault(record.pop("step"), {}).update(record | broken)
+    return dict(sorted(steps.items()))
+
+
+def read_samples(path: Path) -> Iterator[SampleRecord]:
+    """The samples of one file, one at a time."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            for key in ("logprobs", "trainer_logprobs"):
+                record[key] = [math.nan if value is None else value for value in record[key]]
+            yield SampleRecord(**record)
+
+
+# ------------------------------------------------------------------ writing
+
+
+def _check(cfg: Config) -> None:
+    if cfg.log.name == ".." or cfg.log.name != Path(cfg.log.name).name:
+        raise ConfigError(
+            f"log.name = {cfg.log.name!r} is not a plain name; the place is log.folder"
+        )
+    if cfg.log.wandb_project:
+        try:
+            metadata.version("wandb")
+        except metadata.PackageNotFoundError:
+            raise ConfigError(
+                f"log.wandb_project = {cfg.log.wandb_project!r} but wandb is not installed: "
+                "pip install 'miles-lite[wandb]', or leave log.wandb_project empty"
+            ) from None
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """The first of name, name-2, name-3, ... that nobody has. mkdir itself decides a race."""
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("unreachable")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings and paths as text, so that YAML and JSON need no types of ours."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _record(step: int, sample: Sample, trainer_logprobs: Sequence[float]) -> SampleRecord:
+    return SampleRecord(
+        step=step,
+        prompt_uid=sample.prompt.uid,
+        prompt=sample.prompt.text,
+        label=sample.prompt.label,
+        response=sample.text,
+        tokens=sample.completion.tokens,
+        logprobs=sample.completion.logprobs,
+        trainer_logprobs=trainer_logprobs,
+        reward=sample.verdict.reward,
+        invalid=sample.verdict.reason,
+        version=sample.completion.version,
+        finish=sample.completion.finish.value,
+    )
+
+
+def _json_floats(values: Sequence[float]) -> list[float | None]:
+    """Nine digits, which give every float32 back exactly; JSON has no NaN or infinity."""
+    return [float(f"{value:.9g}") if math.isfinite(value) else None for value in values]
+
+
+def _file_name(step: int) -> str:
+    return f"step_{step:06d}.jsonl.gz"
+
+
+def _write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
+    with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw) as file:
+        for record in records:
+            line = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+            line["logprobs"] = _json_floats(record.logprobs)
+            line["trainer_logprobs"] = _json_floats(record.trainer_logprobs)
+            file.write(json.dumps(line).encode("ascii") + b"\n")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is complete and on disk."""
+    part = path.with_name(f".{path.name}.part")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a failing write into one sentence: a full disk is the usual end of a long run."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {_room(path)}") from error
+
+
+def _room(path: Path) -> str:
+    place = next(
+        parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()
+    )
+    return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"

@@ -1,0 +1,70 @@
+"""Process groups of one trainer rank: torch.distributed and megatron's parallel_state."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from miles_lite.parallel import ParallelDims
+from miles_lite.trainer.megatron import cpu_compat
+
+
+def init(rank: int, address: str, dims: ParallelDims, seed: int, timeout_s: float) -> None:
+    """Join the trainer's world as `rank` of dims.world_size; returns once all ranks have.
+
+    `address` is "host:port" of rank 0. A collective that takes longer than `timeout_s` raises.
+    The seed is the same for all ranks; megatron derives those of TP, EP and PP ranks from it.
+    """
+    cpu_compat.install()
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=dims.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    init_groups(dims, seed, timeout_s)
+
+
+def init_groups(dims: ParallelDims, seed: int, timeout_s: float) -> None:
+    """Megatron's groups over an initialised torch.distributed, checked against `dims`."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tp,
+        pipeline_model_parallel_size=dims.pp,
+        expert_model_parallel_size=dims.ep,
+        expert_tensor_parallel_size=dims.expert_tp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    _check_coordinates(dist.get_rank(), dims)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def destroy() -> None:
+    """Leave all groups; `init` may follow, with other dimensions."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _check_coordinates(rank: int, dims: ParallelDims) -> None:
+    """The weight table and the sync plan place shards by ParallelDims: megatron must agree."""
+    from megatron.core import parallel_state as groups
+
+    ours_and_theirs = {
+        "tp_rank": (dims.tp_rank(rank), groups.get_tensor_model_parallel_rank()),
+        "dp_rank": (dims.dp_rank(rank), groups.get_data_parallel_rank()),
+        "pp_rank": (dims.pp_rank(rank), groups.get_pipeline_model_parallel_rank()),
+        "ep_rank": (dims.ep_rank(rank), groups.get_expert_model_parallel_rank()),
+        "expert_tp_rank": (dims.expert_tp_rank(rank), groups.get_expert_tensor_parallel_rank()),
+        "dp": (dims.dp, groups.get_data_parallel_world_size()),
+        "expert_dp": (dims.expert_dp, groups.get_expert_data_parallel_world_size()),
+    }
+    for name, (ours, theirs) in ours_and_theirs.items():
+        assert ours == theirs, f"{name} of rank {rank} is {ours} in {dims}, {theirs} in megatron"
