@@ -70,3 +70,7 @@ def _train(overrides: Sequence[str]) -> None:
         summary = summarize(run.folder, read_metrics(run.folder))
         run.finish(summary)
     console.summary(lines(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -91,10 +91,10 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """metrics.jsonl: one JSON object a step, on disk when `log` returns.
+    """metrics.jsonl: one JSON object a step (and one an evaluation), on disk when `log` returns.
 
     JSON knows no NaN or infinity: they become null, and "nonfinite" tells which they were. A run
-    that resumes appends; where a step occurs twice the later line counts.
+    that resumes appends: where a metric of a step occurs twice the later line counts.
     """
 
     def __init__(self, path: Path) -> None:

@@ -57,6 +57,7 @@ def train(
         devices.enter(Phase.train)
         result = trainer.step(batch)
         metrics |= result.metrics
+        metrics["train/step"] = float((step + 1) * len(batch.updates) - 1)  # counts updates
 
         console.phase("sync")
         devices.enter(Phase.sync)

@@ -180,8 +180,8 @@ def _known_names() -> dict[str, Any]:
     """All that a parsed formula may name: number and symbol classes, and a few functions."""
     import sympy
 
-    exact = ("Symbol", "Integer", "Rational")
-    return {name: getattr(sympy, name) for name in (*exact, *_NAMES)} | {
+    makers = ("Symbol", "Function", "Integer", "Rational")  # what the tokenizer writes
+    return {name: getattr(sympy, name) for name in (*makers, *_NAMES)} | {
         "Float": functools.partial(_numeral, sympy.Float),
         "Number": functools.partial(_numeral, sympy.Number),
         "factorial": functools.partial(_factorial, sympy.factorial),

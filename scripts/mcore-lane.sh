@@ -22,8 +22,12 @@ fi
 
 export PYTHONPATH="$overlay${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 cd "$project"
-found="$("$python" -W ignore -c 'import megatron.core as core; print(core.__version__)')"
-if [ "$found" != "$version" ]; then
+found="$("$python" -W ignore -c '
+from miles_lite.trainer.megatron import cpu_compat
+cpu_compat.install()
+import megatron.core
+print(megatron.core.__version__)')"
+if [ "${found%%+*}" != "$version" ]; then
     echo "mcore-lane: wanted megatron-core $version, python imports $found" >&2
     exit 1
 fi

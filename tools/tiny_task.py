@@ -1,4 +1,4 @@
-"""The tiny task: a tokenizer, sums in words of it, and demonstrations that are wrong on purpose.
+"""The tiny task: a tokenizer, sums, and demonstrations of which some are wrong on purpose.
 
 Only `make_tiny.py` uses this. The model it trains must start GRPO at about half of the reward, with
 several ways to fail, so two in five demonstrations are spoiled. The right answer stays the most
@@ -56,7 +56,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """One question: what is left + right, or left - right?"""
+    """One question: what is left + right?"""
 
     left: int
     right: int

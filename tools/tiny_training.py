@@ -36,7 +36,7 @@ class Part:
 
 
 PARTS = (
-    Part("clean", 0.0, 3e-3, 0.0, 1, (0.97, 1.0), 50, 0, 600, 2000),
+    Part("clean", 0.0, 3e-3, 0.0, 1, (0.95, 1.0), 25, 0, 500, 2000),
     Part("spoiled", 0.44, 1e-3, 1.0, 4, (0.48, 0.54), 20, 100, 120, 400),
 )
 
@@ -151,7 +151,7 @@ class WarmStart:
         )
         for step in range(1, part.max_steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = part.lr * min(1.0, step / 20, (200 / step) ** 0.5)
+                group["lr"] = part.lr * min(1.0, step / 20, (300 / step) ** 1.5)
             loss = self._step(optimizer, *self._batch(part.spoiled))
             self.steps_done += 1
             if step % part.check_every:

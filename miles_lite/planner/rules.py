@@ -6,6 +6,8 @@ need the model's sizes or two sections at once. Imports no torch.
 
 from __future__ import annotations
 
+from importlib import metadata
+
 from miles_lite.config import Config, ConfigError
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
@@ -30,6 +32,23 @@ def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
     _divides("parallel.ep", dims.ep, "experts (n_routed_experts)", model.num_experts)
     _divides("parallel.expert_tp", dims.expert_tp, "expert width", model.expert_ffn_size)
     _check_expert_grid(dims)
+    refuse_lost_expert_gradients(dims, metadata.version("megatron-core"))
+
+
+def refuse_lost_expert_gradients(dims: ParallelDims, megatron_version: str) -> None:
+    """Refuse a layout whose gradients this megatron-core silently gets wrong.
+
+    Before 0.19, experts that are neither cut by tensor parallelism nor spread over expert
+    parallelism are taken for ordinary replicated weights, and the gradients that tensor-parallel
+    ranks computed from their own tokens are never summed.
+    """
+    release = tuple(int(part) for part in megatron_version.split(".")[:2])
+    if dims.tp > 1 and dims.ep == 1 and dims.expert_tp != dims.tp and release < (0, 19):
+        raise ConfigError(
+            f"parallel.tp = {dims.tp} with ep = 1 and expert_tp = {dims.expert_tp}: megatron-core "
+            f"{megatron_version} would lose expert gradients. Set parallel.expert_tp = {dims.tp}, "
+            "or ep > 1, or use megatron-core 0.19 or newer"
+        )
 
 
 def _check_expert_grid(dims: ParallelDims) -> None:
@@ -85,9 +104,10 @@ def _check_batch(cfg: Config) -> None:
             f"{cfg.rollout.samples_per_prompt} = {samples} samples a step do not split into updates "
             f"of train.global_batch = {batch}; it may be {_divisors(samples)}"
         )
-    if batch < cfg.parallel.dp:
+    if batch % cfg.parallel.dp:
         raise ConfigError(
-            f"train.global_batch = {batch} samples cannot feed parallel.dp = {cfg.parallel.dp} ranks"
+            f"train.global_batch = {batch} is not a multiple of parallel.dp = {cfg.parallel.dp}: "
+            "ranks could not all run the same number of micro-batches"
         )
     if cfg.rollout.samples_per_prompt == 1:
         raise ConfigError(

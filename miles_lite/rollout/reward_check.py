@@ -115,27 +115,24 @@ def preflight(
 
 
 def _refusal(check: RewardCheck, name: str, prompt_text: str, label: str) -> str:
-    tail = prompt_text[-_TAIL_LEN:]
-    where = f"with this chat template (a prompt ends in {tail!r})"
-    if check.winners and check.thinking is Thinking.closed:
-        return (
-            f"reward {name} can never be won {where}: it looks behind the model's thinking, but the "
-            "prompt already closes the think block, so the model writes no closing marker. "
-            "Use reward.function=math of rewards/math.py, or a template with thinking on "
-            "(data.template_kwargs)"
-        )
+    where = f"with this chat template (a prompt ends in {prompt_text[-_TAIL_LEN:]!r})"
     if check.winners:
+        closed = check.thinking is Thinking.closed
+        why = (
+            "it looks for the answer behind </think>, which the prompt itself has already closed"
+            if closed
+            else "it does not find an answer that stands behind thinking"
+        )
         return (
-            f"reward {name} can never be won {where}: it does not find an answer that stands behind "
-            "thinking. Use reward.function=math of rewards/math.py, or a template with thinking off "
-            "(data.template_kwargs)"
+            f"reward {name} can never be won {where}: {why}. Use function math of rewards/math.py, "
+            f"or a template with thinking {'on' if closed else 'off'} (data.template_kwargs)"
         )
     reasons = sorted({attempt.verdict.reason for attempt in check.attempts} - {""})
     why = f" (no verdict: {', '.join(reasons)})" if reasons else ""
+    tried = ", ".join(form.format(label=label) for form in _FORMS)
     return (
-        f"reward {name} gives no right answer more than an empty one{why}: tried label {label!r} as "
-        f"{', '.join(form.format(label=label) for form in _FORMS)} {where}. "
-        "Check the labels of the data set (data.label_key) and the reward file"
+        f"reward {name} gives a right answer no more than an empty one{why} {where}: tried {tried}"
+        ". Check the labels of the data set (data.label_key) and the reward file"
     )
 
 

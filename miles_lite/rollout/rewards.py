@@ -48,7 +48,7 @@ class RewardLimits:
     timeout_s: float = 10.0  # wall time of one grade, the first imports of a worker included
     memory_bytes: int = 4 << 30  # address space of a worker; 0 means no limit
     response_len: int = 1_000_000  # characters; a longer response is invalid, never cut
-    cache_len: int = 65_536  # verdicts remembered; 0 for rewards that may change their mind
+    cache_len: int = 65_536  # valid verdicts remembered; 0 for rewards that may change their mind
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +226,10 @@ class RewardWorkers:
         return worker
 
     def _resolve(self, items: Sequence[_Item], verdicts: Sequence[Verdict]) -> None:
-        """Remember verdicts that would come out the same again, and hand all to their callers."""
+        """Remember the verdicts and hand them to their callers."""
         with self._wake:
             for item, verdict in zip(items, verdicts, strict=True):
-                if verdict.reason not in ("timeout", "crash"):
+                if verdict.valid:  # a failure may have been bad luck
                     self._cache[item.key] = verdict
             while len(self._cache) > self.limits.cache_len:
                 self._cache.popitem(last=False)

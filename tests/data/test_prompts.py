@@ -126,7 +126,7 @@ def test_long_prompts_are_left_out_and_counted(
     assert [prompt.uid for prompt in prompts] == [0, 2]
     (record,) = caplog.records
     assert "left out 1 of 3 prompts" in record.getMessage()
-    with pytest.raises(ValueError, match="all are longer than .* = 5"):
+    with pytest.raises(ValueError, match=r"all are longer than .* = 5"):
         load(path, tokenizer, max_prompt_len=5)
 
 

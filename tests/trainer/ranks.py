@@ -58,15 +58,17 @@ def run_ranks(
     results = context.Queue()
     ports = _free_ports(MAX_LAYOUTS)
     ranks = [
-        context.Process(
-            target=_work, args=(World(r, num_ranks, ports), results, fn, args), daemon=True
-        )
+        # not daemons: checkpointing starts processes of its own
+        context.Process(target=_work, args=(World(r, num_ranks, ports), results, fn, args))
         for r in range(num_ranks)
     ]
     for process in ranks:
         process.start()
     try:
-        return _collect(results, ranks, time.monotonic() + deadline_s)
+        found = _collect(results, ranks, time.monotonic() + deadline_s)
+        for process in ranks:
+            process.join(10.0)
+        return found
     finally:
         for process in ranks:
             process.kill()

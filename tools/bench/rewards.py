@@ -40,7 +40,7 @@ async def seconds(workers: RewardWorkers, pairs: Sequence[tuple[str, str]]) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="grades per second of the reward workers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--num", type=int, default=50_000, help="of plain numbers")
     parser.add_argument("--file", type=Path, default=ROOT / "rewards" / "math.py")

@@ -18,7 +18,7 @@ from miles_lite.models.nemotron_h import NemotronH
 
 class Cache:
     """Pools by layer: kv[i] [2, slots, kv heads, max_seq_len, head_dim], conv[i] [slots, k-1, C],
-    ssm[i] fp32 [slots, h, p, n]; heads and channels are those of one rank."""
+    ssm[i] fp32 [slots, groups, n, channels of a group]; all of one rank."""
 
     def __init__(
         self,
@@ -34,12 +34,8 @@ class Cache:
         channels = (model.mamba_inner_size + 2 * model.mamba_bc_size) // parts
         kv = (2, num_slots, kv_heads, max_seq_len, model.head_dim)
         conv = (num_slots, model.conv_kernel - 1, channels)
-        ssm = (
-            num_slots,
-            model.mamba_num_heads // parts,
-            model.mamba_head_dim,
-            model.ssm_state_size,
-        )
+        groups = max(1, model.mamba_num_groups // parts)
+        ssm = (num_slots, groups, model.ssm_state_size, model.mamba_inner_size // parts // groups)
         self.kv: dict[int, Tensor] = {}
         self.conv: dict[int, Tensor] = {}
         self.ssm: dict[int, Tensor] = {}

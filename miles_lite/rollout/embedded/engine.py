@@ -45,7 +45,8 @@ class EmbeddedEngine:
         self._unsent: list[Request] = []
         self._sender: asyncio.Task[None] | None = None
         self._poller: asyncio.Task[None] | None = None
-        self._has_strays = False  # requests of an event loop that is gone may still run
+        self._unanswered: set[int] = set()  # uids submitted to rank 0; outlives an event loop
+        self._has_strays = False  # some of them belong to an event loop that is gone
 
     async def generate(self, request: Request) -> Completion:
         """One completion. ValueError if the request can never be served, else EngineError."""
@@ -74,8 +75,9 @@ class EmbeddedEngine:
         if self._sender is not None:
             await self._sender  # abort ends what was submitted before it, so let it be
         waiting = list(self._futures.values())
-        if waiting:
+        if self._unanswered:
             await self._call("abort")
+        if waiting:
             await asyncio.wait(waiting, timeout=self.deadline_s)
 
     def connect(self, host: str, deadline_s: float) -> None:
@@ -115,7 +117,7 @@ class EmbeddedEngine:
         loop = asyncio.get_running_loop()
         if loop is self._loop:
             return
-        self._has_strays = self._has_strays or bool(self._futures)
+        self._has_strays = bool(self._unanswered)
         self._loop, self._sender, self._poller = loop, None, None
         self._futures, self._unsent = {}, []
 
@@ -127,6 +129,7 @@ class EmbeddedEngine:
             if self._has_strays:
                 await self._call("abort")
                 self._has_strays = False
+            self._unanswered.update(request.uid for request in batch)
             await self._call("submit", batch)
         except Exception as error:
             self._fail([request.uid for request in batch], error)
@@ -143,12 +146,10 @@ class EmbeddedEngine:
                 self._fail(list(self._futures), error)
                 return
             for uid, completion in done:
-                # off the list at once: a poll more than needed would take completions of the next
-                # event loop with it when this one ends. None: given up by its caller
-                future = self._futures.pop(uid, None)
+                self._unanswered.discard(uid)
+                future = self._futures.pop(uid, None)  # None: given up by its caller
                 if future is not None and not future.done():
                     future.set_result(completion)
-            await asyncio.sleep(0)  # let those who waited take themselves off the list
 
     async def _call(self, method: str, *args: Any) -> Any:
         deadline_s = max(self.deadline_s, 2 * POLL_WAIT_S)

@@ -1,7 +1,8 @@
 """The Mamba-2 maths, for many sequences at once: prompts from an empty state, or one token each.
 
 Shapes: U prompts of at most L tokens, R running sequences, C convolved channels, k the kernel,
-h heads of p channels, g groups of h/g heads that share B and C, n state size. State maths is fp32.
+h heads of p channels, g groups of h/g heads that share B and C, n state size. State maths is fp32;
+the state itself is [g, n, c], c the channels of all heads of a group, which a decode step runs along.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def scan_prefill(
     """The state-space recurrence over prompts, chunk by chunk, from an empty state.
 
     x [U, L, h, p], dt [U, L, h] (0 at padding, which then leaves the state alone), A [h],
-    B and C [U, L, g, n]. Returns y [U, L, h, p] without the D term, and the state [U, h, p, n].
+    B and C [U, L, g, n]. Returns y [U, L, h, p] without the D term, and the state [U, g, n, c].
     Within a chunk it is the quadratic form of the recurrence, between chunks the recurrence.
     """
     U, L, h, p = x.shape
@@ -69,22 +70,22 @@ def scan_prefill(
         state = state * total[:, -1].exp()[..., None, None] + torch.einsum(
             "ukgrp,ukgn->ugrpn", x_c * to_end, B_c
         )
-    return torch.cat(outputs, 1).view(U, L, h, p), state.view(U, h, p, n)
+    state = state.permute(0, 1, 4, 2, 3).reshape(U, g, n, r * p)
+    return torch.cat(outputs, 1).view(U, L, h, p), state
 
 
 def scan_decode(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, BC: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """One step of the recurrence; advances `state` [R, h, p, n] in place.
+    """One step of the recurrence; advances `state` [R, g, n, c] in place.
 
     x [R, h, p], dt [R, h], B and C [R, g, n]; returns y [R, h, p] without the D term.
     """
-    R, h, p, n = state.shape
-    g = BC[0].shape[1]
-    state.mul_((dt * A).exp()[..., None, None])
-    grouped = state.view(R, g, h // g * p, n)
-    grouped.addcmul_((x.float() * dt[..., None]).view(R, g, -1, 1), BC[0].float()[:, :, None])
-    return torch.matmul(grouped, BC[1].float()[..., None]).view(R, h, p)
+    rows = (state.shape[0], state.shape[1], 1, state.shape[3])
+    decay = (dt * A).exp()[..., None].expand_as(x).reshape(rows)
+    added = (x.float() * dt[..., None]).view(rows)
+    state.mul_(decay).addcmul_(added, BC[0].float()[..., None])
+    return torch.matmul(BC[1].float()[:, :, None], state).view(x.shape)
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

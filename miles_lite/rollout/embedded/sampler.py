@@ -37,9 +37,7 @@ def draw(
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def _invert_cdf(
-    probs: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
-) -> Tensor:
+def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
     if any(s.top_k or s.top_p < 1 for s in samplings):
         probs = probs * _kept(probs, samplings)
     # fp64: a running sum over 10^5 tokens in fp32 would misplace the rare ones

@@ -77,7 +77,9 @@ class Server:
         self.scheduler = Scheduler(options.max_running, options.prefill_tokens)
         self.failure = ""
         self._inbox: queue.SimpleQueue[list[Request] | int] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[Done | None] = queue.SimpleQueue()
+        self._mail = threading.Condition()  # guards the two below
+        self._done: Done = []
+        self._turn = 0  # counts submissions and polls; a poll that is not the latest takes nothing
         self._load = Load({}, {}, [0] * dims.dp)
         self._unsent: Done = []  # finished here, not yet at rank 0
         self._state = threading.Condition()  # held during a step; guards all of the above
@@ -93,20 +95,28 @@ class Server:
     def put(self, message: list[Request] | int) -> None:
         """Requests, ABORT or STOP, for the next step. Rank 0 only."""
         self.check()
+        self._next_turn()
         self._inbox.put(message)
 
     def take(self, max_wait_s: float) -> Done:
         """What finished since the last call; waits max_wait_s for at least one. Rank 0 only."""
-        done: Done = []
-        try:
-            batch = self._outbox.get(timeout=max_wait_s)
-            while True:
-                done.extend(batch or [])
-                batch = self._outbox.get_nowait()
-        except queue.Empty:
-            pass
+        turn = self._next_turn()
+        with self._mail:
+            self._mail.wait_for(
+                lambda: self._done or self.failure or self._turn != turn, max_wait_s
+            )
+            # a caller may be gone while its poll still waits here: it must not take what came after
+            done: Done = []
+            if self._turn == turn:
+                done, self._done = self._done, done
         self.check()
         return done
+
+    def _next_turn(self) -> int:
+        with self._mail:
+            self._turn += 1
+            self._mail.notify_all()
+            return self._turn
 
     def check(self) -> None:
         """Raise what ended the serving thread, if it ended."""
@@ -246,12 +256,17 @@ class Server:
     def _deliver(self, done: Done) -> None:
         for uid, _ in done:
             self._load.release(uid)
-        self._outbox.put(done)
+        with self._mail:
+            self._done.extend(done)
+            self._mail.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first cause of the engine, tell the others through the store, wake callers."""
-        where = "".join(traceback.format_exception(error)[-3:])
-        text = f"engine rank {self.rank} stopped serving: {type(error).__name__}: {error}\n{where}"
+        # where it happened comes first: messages of torch can be pages long
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"engine rank {self.rank} stopped serving at {where.filename}:{where.lineno}: {type(error).__name__}: {error}"[
+            :2000
+        ]
         try:
             if self._store is not None:
                 if self._store.check(["failure"]):
@@ -261,7 +276,8 @@ class Server:
         except Exception:  # the store went with rank 0; our own text stands
             pass
         self.failure = text
-        self._outbox.put(None)
+        with self._mail:
+            self._mail.notify_all()
         with self._state:
             self._state.notify_all()
 

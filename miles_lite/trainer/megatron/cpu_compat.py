@@ -24,6 +24,7 @@ import multiprocessing
 import sys
 import textwrap
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import MagicMock
@@ -53,7 +54,16 @@ def install(device: str = "cpu") -> None:
     assert "megatron.core" not in sys.modules, "cpu_compat.install() comes after a megatron import"
     _torch_view = _make_torch_view()
     _patch_tensor_methods()
+    _silence()
     sys.meta_path.insert(0, _Hook())
+
+
+def _silence() -> None:
+    """Megatron warns of every GPU package that is not there, torch of names megatron still uses."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
 
 
 # ---- `torch` as megatron modules see it

@@ -94,7 +94,7 @@ def forward_step(model: nn.Module, inputs: PackedInputs, temperature: float, chu
             inputs.targets,
             temperature,
             chunk,
-            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_tensor_model_parallel_group(),  # pyright: ignore
         )
     )
 

@@ -93,10 +93,11 @@ def build_model(model: NemotronH, config: Any) -> nn.Module:
     except ImportError:
         from megatron.core.models.mamba import MambaModel as Model
     arguments = inspect.signature(Model.__init__).parameters
-    newer = "hybrid_layer_pattern" in arguments  # megatron-core 0.17
-    pattern: dict[str, Any] = {
-        "hybrid_layer_pattern" if newer else "hybrid_override_pattern": model.pattern
-    }
+    pattern: dict[str, Any] = {"hybrid_override_pattern": model.pattern}
+    if "hybrid_layer_pattern" in arguments:  # megatron-core 0.17: stages are spelt out
+        per_stage = model.num_layers // config.pipeline_model_parallel_size
+        stages = (model.pattern[i : i + per_stage] for i in range(0, model.num_layers, per_stage))
+        pattern = {"hybrid_layer_pattern": "|".join(stages)}
     module = Model(
         config,
         stack_spec(model),

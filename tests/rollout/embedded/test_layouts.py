@@ -12,7 +12,7 @@ from miles_lite.cluster.parallel import EngineDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.types import Completion, Finish, Request
-from tests.rollout.embedded.helpers import GREEDY, SAMPLED, StartRank, Tiny, random_prompt, run
+from tests.rollout.embedded.helpers import GREEDY, SAMPLED, Tiny, random_prompt, run
 from tests.rollout.embedded.ranks import Pool
 
 OPTIONS = EngineOptions(max_running=4, max_seq_len=96, prefill_tokens=64, timeout_s=20)

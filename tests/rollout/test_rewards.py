@@ -1,0 +1,424 @@
+"""Reward workers: verdicts arrive, whatever an answer or a reward function does to its process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from miles_lite.rollout.reward_check import Thinking
+from miles_lite.rollout.rewards import RewardLimits, RewardWorkers, load_reward, preflight
+from miles_lite.types import Verdict
+
+ROOT = Path(__file__).parents[2]
+
+# One reward that does what it is told.
+OBEY = """
+import ctypes, os, sys, time
+from types import SimpleNamespace
+
+def obey(response, label):
+    word, _, rest = response.partition(" ")
+    if word == "sleep": time.sleep(float(rest))
+    elif word == "spin": 9**9**9  # holds the interpreter in C
+    elif word == "exit": os._exit(3)
+    elif word == "sysexit": sys.exit(0)
+    elif word == "segfault": ctypes.string_at(0)
+    elif word == "memory": return len(bytearray(64 << 30))
+    elif word == "hoard": return len([bytearray(1 << 20) for _ in range(1 << 20)])
+    elif word == "raise": raise KeyError(rest)
+    elif word == "print": print("[1.0, \\"\\"]")
+    elif word == "read": return float(len(sys.stdin.read()))
+    elif word == "pid": return os.getpid()
+    elif word == "modules": return SimpleNamespace(reward=0.0, reason=",".join(sorted(sys.modules)))
+    elif word == "has": return rest in sys.modules
+    elif word == "count":
+        with open(rest, "a") as file: file.write("x")
+        return os.path.getsize(rest)
+    elif word == "value": return eval(rest)
+    return 1.0
+"""
+
+
+@pytest.fixture
+def obey(tmp_path: Path) -> Path:
+    file = tmp_path / "obey.py"
+    file.write_text(OBEY)
+    return file
+
+
+@pytest.fixture
+def workers(obey: Path) -> Iterator[RewardWorkers]:
+    limits = RewardLimits(timeout_s=1.5, memory_bytes=512 << 20, response_len=100_000)
+    with RewardWorkers(obey, "obey", 2, limits) as workers:
+        yield workers
+
+
+def grade_all(workers: RewardWorkers, responses: list[str]) -> list[Verdict]:
+    async def grades() -> list[Verdict]:
+        return await asyncio.gather(*(workers.grade(response, "1") for response in responses))
+
+    return asyncio.run(grades())
+
+
+def grade(workers: RewardWorkers, response: str) -> Verdict:
+    return grade_all(workers, [response])[0]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for_death(pids: list[int], limit_s: float) -> list[int]:
+    deadline = time.monotonic() + limit_s
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+# ------------------------------------------------------------------ grading
+
+
+def test_grades_come_back_in_order_over_several_loops(workers: RewardWorkers) -> None:
+    for start in (0, 1000):
+        values = range(start, start + 500)
+        verdicts = grade_all(workers, [f"value {value}" for value in values])
+        assert verdicts == [Verdict(float(value), "") for value in values]
+
+
+@pytest.mark.parametrize("word", ["sleep 60", "spin"])
+def test_only_the_stuck_answer_times_out(workers: RewardWorkers, word: str) -> None:
+    """Also where the interpreter itself is stuck; the others of its batch are graded."""
+    start = time.monotonic()
+    verdicts = grade_all(workers, [f"value {i}" for i in range(50)] + [word] + ["value 7"] * 50)
+    elapsed = time.monotonic() - start
+    expected = [Verdict(float(i), "") for i in range(50)] + [Verdict(0.0, "timeout")]
+    assert verdicts == expected + [Verdict(7.0, "")] * 50
+    assert 1.5 <= elapsed < 1.5 + 1 + 2  # the limit; a second to kill; a new worker and the rest
+
+
+def test_other_lanes_proceed_while_one_is_stuck(workers: RewardWorkers) -> None:
+    async def race() -> tuple[bool, Verdict]:
+        stuck = asyncio.create_task(workers.grade("sleep 60", "1"))
+        await asyncio.sleep(0.1)
+        for i in range(20):
+            assert (await workers.grade(f"value {i}", "1")).reward == i
+        return stuck.done(), await stuck
+
+    was_done, verdict = asyncio.run(race())
+    assert not was_done
+    assert verdict == Verdict(0.0, "timeout")
+
+
+def test_the_limit_is_for_each_answer_not_for_a_batch(workers: RewardWorkers) -> None:
+    verdicts = grade_all(workers, [f"sleep 0.4{i:02d}" for i in range(12)])
+    assert verdicts == [Verdict(1.0, "")] * 12
+
+
+@pytest.mark.parametrize("word", ["exit", "sysexit", "segfault", "memory", "hoard"])
+def test_a_crash_costs_one_answer(workers: RewardWorkers, word: str) -> None:
+    verdicts = grade_all(workers, ["value 1", "value 2", word, "value 3", "value 4"])
+    assert verdicts == [
+        Verdict(1.0, ""),
+        Verdict(2.0, ""),
+        Verdict(0.0, "crash"),
+        Verdict(3.0, ""),
+        Verdict(4.0, ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("raise oh", Verdict(0.0, "error: KeyError")),
+        ("value float('nan')", Verdict(0.0, "not_finite")),
+        ("value -float('inf')", Verdict(0.0, "not_finite")),
+        ("value 10**400", Verdict(0.0, "not_finite")),
+        ("value SimpleNamespace(reward=float('nan'), reason='')", Verdict(0.0, "not_finite")),
+        ("value SimpleNamespace(reward=0.25, reason='')", Verdict(0.25, "")),
+        ("value SimpleNamespace(reward=1, reason='judge away')", Verdict(0.0, "judge away")),
+        ("value None", Verdict(0.0, "bad_type")),
+        ("value '1'", Verdict(0.0, "bad_type")),
+        ("value {'score': 1}", Verdict(0.0, "bad_type")),
+        ("value True", Verdict(1.0, "")),
+        ("value -1", Verdict(-1.0, "")),
+        ("value __import__('fractions').Fraction(1, 4)", Verdict(0.25, "")),
+        ("x" * 100_001, Verdict(0.0, "too_long")),
+        ("print", Verdict(1.0, "")),
+        ("read", Verdict(0.0, "")),
+        ("\x00\ud800\n\u2028", Verdict(1.0, "")),
+    ],
+)
+def test_verdicts(workers: RewardWorkers, response: str, verdict: Verdict) -> None:
+    assert grade(workers, response) == verdict
+
+
+def test_big_batches_fit_through_the_pipe(workers: RewardWorkers) -> None:
+    responses = [f"{i:03d} " + "y" * 90_000 for i in range(200)]
+    assert grade_all(workers, responses) == [Verdict(1.0, "")] * 200
+
+
+def test_verdicts_are_remembered_and_failures_are_not(
+    workers: RewardWorkers, tmp_path: Path
+) -> None:
+    counter = tmp_path / "counter"
+    assert [grade(workers, f"count {counter}").reward for _ in range(3)] == [1.0, 1.0, 1.0]
+    assert grade(workers, "exit") == grade(workers, "exit") == Verdict(0.0, "crash")
+
+
+def test_memory_of_verdicts_is_bounded(obey: Path, tmp_path: Path) -> None:
+    count = f"count {tmp_path / 'counter'}"
+    with RewardWorkers(obey, "obey", 1, RewardLimits(cache_len=2)) as workers:
+        assert [grade(workers, r).reward for r in (count, "a", count, "b", count)] == [1] * 5
+        grade_all(workers, ["c", "d"])
+        assert grade(workers, count).reward == 2.0
+    with RewardWorkers(obey, "obey", 1, RewardLimits(cache_len=0)) as workers:
+        assert [grade(workers, count).reward for _ in range(2)] == [3.0, 4.0]
+
+
+def test_a_cancelled_grade_leaves_the_rest_alone(workers: RewardWorkers) -> None:
+    async def cancel() -> Verdict:
+        task = asyncio.create_task(workers.grade("sleep 0.5", "1"))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        return await workers.grade("value 5", "1")
+
+    assert asyncio.run(cancel()) == Verdict(5.0, "")
+    assert grade(workers, "value 6") == Verdict(6.0, "")
+
+
+def test_labels_keep_their_type(tmp_path: Path) -> None:
+    (tmp_path / "kind.py").write_text(
+        "def kind(response, label): return [str, int, float, type(None)].index(type(label))"
+    )
+
+    async def kinds(workers: RewardWorkers) -> list[float]:
+        return [(await workers.grade("", label)).reward for label in ("1", 1, 1.0, None)]
+
+    with RewardWorkers(tmp_path / "kind.py", "kind", 1) as workers:
+        assert asyncio.run(kinds(workers)) == [0, 1, 2, 3]
+        with pytest.raises(TypeError, match="list"):
+            asyncio.run(workers.grade("", ["1"]))  # pyright: ignore
+
+
+# ------------------------------------------------------------------ processes
+
+
+def test_workers_are_light(workers: RewardWorkers) -> None:
+    heavy = ["torch", "ray", "numpy", "sympy", "asyncio", "multiprocessing"]
+    assert [grade(workers, f"has {name}").reward for name in heavy] == [0.0] * len(heavy)
+    assert len(set(workers.pids)) == 2
+
+
+def test_a_worker_killed_while_idle_is_replaced(workers: RewardWorkers) -> None:
+    for pid in workers.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_for_death(workers.pids, 5) == []
+    assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
+
+
+def test_nothing_runs_while_idle(workers: RewardWorkers) -> None:
+    grade(workers, "value 1")
+    mine, theirs = time.process_time(), [cpu_ticks(pid) for pid in workers.pids]
+    time.sleep(1)
+    assert time.process_time() - mine < 0.05
+    assert [cpu_ticks(pid) for pid in workers.pids] == theirs
+
+
+def cpu_ticks(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_close_kills_the_workers_and_ends_the_waiting(obey: Path) -> None:
+    async def close_early(workers: RewardWorkers) -> list[object]:
+        tasks = [asyncio.create_task(workers.grade(f"sleep 6{i}", "1")) for i in range(9)]
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(workers.close)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    workers = RewardWorkers(obey, "obey", 2)
+    pids = workers.pids
+    start = time.monotonic()
+    outcomes = asyncio.run(close_early(workers))
+    assert time.monotonic() - start < 5
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 9
+    assert wait_for_death(pids, 1) == []
+    workers.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        grade(workers, "value 1")
+
+
+@pytest.mark.parametrize("busy", ["", "spin", "sleep 60"])
+def test_no_worker_outlives_its_parent(obey: Path, busy: str) -> None:
+    """Even if the parent gets kill -9 while the worker is stuck in C."""
+    script = f"""
+        import asyncio, os, signal
+        from pathlib import Path
+        from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
+
+        async def run():
+            workers = RewardWorkers(Path({str(obey)!r}), "obey", 2, RewardLimits(timeout_s=60))
+            print(*workers.pids, flush=True)
+            if {busy!r}:
+                asyncio.gather(*(workers.grade({busy!r}, str(i)) for i in range(2)))
+                await asyncio.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        asyncio.run(run())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    assert wait_for_death(pids, 5) == []
+
+
+# ------------------------------------------------------------------ reward files
+
+
+def test_a_file_may_have_any_name_and_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "math.py").write_text("def double(x): return 2 * x\n")
+    (tmp_path / "my-reward.py").write_text(
+        "import math\nfrom .math import double\n"
+        "def score(response, label, scale=1): return double(math.sqrt(len(response)))\n"
+    )
+    reward = load_reward(tmp_path / "my-reward.py", "score")
+    assert reward("abcd", "") == 4.0
+    with RewardWorkers(tmp_path / "my-reward.py", "score", 1) as workers:
+        assert grade(workers, "abcd") == Verdict(4.0, "")
+
+
+def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "fixed.py"
+    for value in (1.0, 25.0):
+        file.write_text(f"def fixed(response, label): return {value}")
+        assert load_reward(file, "fixed")("", "") == value
+
+
+@pytest.mark.parametrize(
+    ("code", "function", "message"),
+    [
+        ("def score(response, label): return 1", "scor", "did you mean 'score'"),
+        ("def abc(response, label): return 1", "zzz", "it has abc"),
+        ("score = 3", "score", "no function 'score'"),
+        ("def score(response): return 1", "score", r"takes \(response\), but"),
+        ("def score(response, label, args): return 1", "score", "but a reward takes"),
+        ("async def score(response, label): return 1", "score", "is async"),
+        ("import no_such_module", "score", "ModuleNotFoundError: No module named 'no_such"),
+        ("import neighbour", "score", "from .neighbour import"),
+        ("def score(:", "score", "SyntaxError"),
+    ],
+)
+def test_unfit_files_are_refused(tmp_path: Path, code: str, function: str, message: str) -> None:
+    (tmp_path / "neighbour.py").touch()
+    (tmp_path / "score.py").write_text(code)
+    with pytest.raises(ValueError, match=message):
+        load_reward(tmp_path / "score.py", function)
+    with pytest.raises(ValueError, match=message):
+        RewardWorkers(tmp_path / "score.py", function, 1)
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "deepscaler.py").touch()
+    with pytest.raises(ValueError, match=r"did you mean 'deepscaler\.py'"):
+        load_reward(tmp_path / "deepscalar.py", "deepscaler")
+
+
+def test_a_worker_that_dies_at_start_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "dead.py").write_text("import os\nos._exit(1)")
+    with pytest.raises(ValueError, match="crash"):
+        RewardWorkers(tmp_path / "dead.py", "dead", 2)
+
+
+# ------------------------------------------------------------------ preflight
+
+OPENED = "<|im_start|>assistant\n<think>\n"
+CLOSED = "<|im_start|>assistant\n<think></think>"
+UNSAID = "Put it in <think></think>.<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "thinking", "needs_thinking"),
+    [
+        ("deepscaler", OPENED, Thinking.opened, True),
+        ("deepscaler", UNSAID, Thinking.unsaid, True),  # worth a warning
+        ("math", OPENED, Thinking.opened, False),
+        ("math", CLOSED, Thinking.closed, False),
+        ("math", UNSAID, Thinking.unsaid, False),
+    ],
+)
+def test_preflight_passes(name: str, prompt: str, thinking: Thinking, needs_thinking: bool) -> None:
+    reward = load_reward(ROOT / "rewards" / f"{name}.py", name)
+    check = preflight(reward, prompt, "34")
+    assert (check.thinking, check.needs_thinking) == (thinking, needs_thinking)
+
+
+def test_preflight_refuses_a_reward_behind_thinking_without_thinking() -> None:
+    deepscaler = load_reward(ROOT / "rewards" / "deepscaler.py", "deepscaler")
+    with pytest.raises(
+        ValueError, match=r"deepscaler can never.*<think></think>.*rewards/math\.py"
+    ):
+        preflight(deepscaler, CLOSED, "34")
+
+
+def test_preflight_refuses_a_reward_blind_behind_thinking() -> None:
+    with pytest.raises(ValueError, match=r"exact can never.*thinking off"):
+        preflight(lambda r, label: float(r == label), OPENED, "34", name="exact")
+
+
+def test_preflight_knows_rewards_that_start_below_zero() -> None:
+    preflight(lambda r, label: 1.0 if f"Answer: {label}" in r else -1.0, UNSAID, "34")
+    with pytest.raises(ValueError, match="no more than an empty one"):
+        preflight(lambda r, label: -1.0, UNSAID, "34")
+
+
+def test_preflight_tells_why_there_is_no_verdict() -> None:
+    with pytest.raises(ValueError, match="no verdict: error: KeyError"):
+        preflight(lambda r, label: Verdict(0.0, "error: KeyError"), UNSAID, "34")
+
+
+def test_preflight_takes_graded_verdicts_of_workers() -> None:
+    with RewardWorkers(ROOT / "rewards" / "deepscaler.py", "deepscaler", 1) as workers:
+        check = preflight(lambda r, label: asyncio.run(workers.grade(r, label)), OPENED, "34")
+    assert [attempt.response for attempt in check.winners] == ["So that is it.</think>\\boxed{34}"]
+
+
+# ------------------------------------------------------------------ together
+
+
+def test_hostile_answers_through_workers(tmp_path: Path) -> None:
+    """The graders' own guards and the workers' limits together: each is over within its limit."""
+    touched = tmp_path / "touched"
+    attack = f"__import__('os').system('touch {touched}')"
+    hostile = ["9**9**9**9", "99999999!", attack, "\x00", "{" * 300_000 + "}" * 300_000]
+    responses = [f"</think>\\boxed{{{answer}}}" for answer in hostile]
+
+    async def grades(workers: RewardWorkers) -> list[Verdict]:
+        return await asyncio.gather(*(workers.grade(response, "x+1") for response in responses))
+
+    limits = RewardLimits(timeout_s=15)
+    with RewardWorkers(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2, limits) as workers:
+        verdicts = asyncio.run(grades(workers))
+    refused, wrong = Verdict(0.0, "error: TooLarge"), Verdict(0.0, "")
+    assert verdicts == [refused, refused, wrong, wrong, wrong]
+    assert not touched.exists()

@@ -1,0 +1,228 @@
+"""Whole runs of the command line: real Ray, real Megatron, real engines, a folder that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from miles_lite.run import read_metrics, read_samples
+
+COMMAND = [sys.executable, "-m", "miles_lite.cli", "train", "experiment=tiny"]
+SMALL = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
+
+# names that dashboards of users rely on
+PROMISED = """
+rollout/raw_reward rollout/rewards rollout/advantages rollout/log_probs rollout/rollout_log_probs
+rollout/response_len/mean rollout/response_len/median rollout/response_len/max
+rollout/response_len/min rollout/truncated_ratio rollout/repetition_frac rollout/total_lengths
+rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage
+rollout/weight_version/mean rollout/weight_version/mixed_version_ratio
+train/loss train/pg_loss train/entropy_loss train/pg_clipfrac train/ppo_kl train/ess_ratio
+train/train_rollout_logprob_abs_diff train/train_rollout_kl train/grad_norm train/lr-pg_0
+train/nonfinite_logprobs train/step
+perf/rollout_time perf/step_time perf/train_time perf/log_probs_time perf/actor_train_time
+perf/actor_train_tok_per_s perf/update_weights_time perf/rollout_tokens_per_s
+reward/invalid_ratio sync/bytes memory/generate/rollout_cache_bytes memory/train/trainer_grads_bytes
+""".split()
+
+
+def launch(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, f"log.folder={folder}", "log.name=run", *SMALL, *overrides],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], deadline_s: float = 240) -> str:
+    """Its output; kills everything it started if it does not end."""
+    try:
+        return process.communicate(timeout=deadline_s)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    process = launch(folder, *overrides)
+    output = finished(process)
+    assert process.returncode == 0, output[-4000:]
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("train"), "train.num_steps=2", "algo.eps_clip_high=0.3")
+
+
+@pytest.mark.slow
+def test_metrics_are_there_under_their_names(run: Path) -> None:
+    steps = read_metrics(run)
+    for step in (0, 1):
+        missing = [name for name in PROMISED if name not in steps[step]]
+        assert not missing
+        assert steps[step]["train/train_rollout_logprob_abs_diff"] <= 1e-4
+        assert steps[step]["train/nonfinite_logprobs"] == 0
+        assert steps[step]["rollout/weight_version/mean"] == step
+    assert steps[1]["train/step"] == 3  # two updates a step
+    assert "eval/eval" in steps[0] and "eval/eval" in steps[2]
+
+
+@pytest.mark.slow
+def test_each_party_holds_what_its_phase_allows(run: Path) -> None:
+    held = read_metrics(run)[1]
+    assert held["memory/generate/rollout_cache_bytes"] > 0
+    assert held["memory/generate/trainer_grads_bytes"] == 0
+    assert held["memory/train/rollout_cache_bytes"] == 0
+    assert held["memory/train/trainer_grads_bytes"] > 0
+    assert held["memory/sync/rollout_cache_bytes"] == held["memory/sync/trainer_grads_bytes"] == 0
+
+
+@pytest.mark.slow
+def test_samples_are_kept_with_both_sides_logprobs(run: Path) -> None:
+    samples = list(read_samples(run / "samples" / "step_000001.jsonl.gz"))
+    assert len(samples) == 8 * 4
+    for sample in samples:
+        assert sample.version == 1 and len(sample.tokens) == len(sample.logprobs)
+        assert sample.trainer_logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_export_and_agrees_with_the_engines(run: Path) -> None:
+    """The last evaluation was answered by the weights that were exported, token by token."""
+    from transformers import AutoTokenizer, NemotronHForCausalLM
+
+    model, info = NemotronHForCausalLM.from_pretrained(
+        run / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    tokenizer = AutoTokenizer.from_pretrained(run / "hf")
+    for sample in list(read_samples(run / "eval" / "eval" / "step_000002.jsonl.gz"))[:10]:
+        prompt = tokenizer.encode(sample.prompt, add_special_tokens=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *sample.tokens]])).logits[0].float()
+        logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        chosen = logp.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+        assert list(sample.logprobs) == pytest.approx(chosen.tolist(), abs=1e-4)
+        assert list(sample.tokens) == logp.argmax(-1).tolist()  # evaluation is greedy
+
+
+@pytest.mark.slow
+def test_the_export_changed_and_carries_mtp(run: Path) -> None:
+    from safetensors.torch import load_file
+
+    from miles_lite.config import compose
+
+    before = load_file(compose(["experiment=tiny"]).model.path / "model.safetensors")
+    after = load_file(run / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("mtp."))
+    changed = [n for n in before if not torch.equal(before[n], after[n])]
+    assert len(changed) > len(before) / 2
+    assert not any(n.endswith("e_score_correction_bias") for n in changed)
+
+
+@pytest.mark.slow
+def test_summary_and_configuration_are_in_the_folder(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["outcome"] == "finished" and summary["num_steps"] == 2
+    assert {"reward_first", "reward_last", "eval_before", "eval_after", "drift_max"} <= set(summary)
+    assert "eps_clip_high: 0.3" in (run / "config.yaml").read_text()
+    assert json.loads((run / "environment.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tp=2", "parallel.dp=1", "rollout.engine.dp=1"],
+        ["parallel.tp=2", "parallel.pp=2", "rollout.engine.num_engines=2", "model.dtype=bf16"],
+    ],
+    ids=["tp2", "tp2-pp2-dp2-two-engines-bf16"],
+)
+def test_other_layouts_run(tmp_path: Path, layout: list[str]) -> None:
+    metrics = read_metrics(train(tmp_path, "train.num_steps=1", "data.eval=''", *layout))[0]
+    drift = metrics["train/train_rollout_logprob_abs_diff"]
+    assert drift <= (0.1 if "model.dtype=bf16" in layout else 1e-4)
+
+
+@pytest.mark.slow
+def test_same_seed_same_run(tmp_path: Path, run: Path) -> None:
+    """Tokens, rewards and losses of two runs are the same, to the bit."""
+    again = train(tmp_path, "train.num_steps=2", "algo.eps_clip_high=0.3")
+    for step in (0, 1):
+        name = f"samples/step_{step:06d}.jsonl.gz"
+        ours, theirs = list(read_samples(run / name)), list(read_samples(again / name))
+        assert [s.tokens for s in ours] == [s.tokens for s in theirs]
+        assert ours == theirs
+        first, second = read_metrics(run)[step], read_metrics(again)[step]
+        for key in ("train/loss", "train/grad_norm", "rollout/raw_reward"):
+            assert first[key] == second[key], key
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    process = launch(tmp_path, "train.num_steps=1000", "data.eval=''")
+    try:
+        victim = wait_for_training(process, tmp_path / "run", 180)
+        os.kill(victim, signal.SIGKILL)
+        output = finished(process, 60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    assert "trainer rank" in output, output[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["outcome"] == "failed" and "trainer rank" in summary["error"]
+
+
+def wait_for_training(process: subprocess.Popen[str], folder: Path, deadline_s: float) -> int:
+    """Once a step is logged: the process id of a trainer rank."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end and process.poll() is None:
+        log = folder / "metrics.jsonl"
+        if log.is_file() and log.stat().st_size:
+            for child in psutil.process_iter(["name", "cmdline"]):
+                if "MegatronWorker" in " ".join(child.info["cmdline"] or []):
+                    return child.pid
+        time.sleep(0.5)
+    raise AssertionError(f"no step within {deadline_s} s")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tp=4"], "parallel.tp = 4 does not divide the 2 Mamba groups"),
+        (["algo.eps_clip_hgh=0.3"], "unknown key algo.eps_clip_hgh; did you mean"),
+        (["model.path=/no/such/model"], "/no/such/model"),
+        (["data.train=/no/such/data.jsonl"], "/no/such/data.jsonl"),
+        (["reward.function=deepscalar"], "deepscaler"),
+    ],
+)
+def test_errors_of_the_user_end_in_one_line_before_anything_starts(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    process = launch(tmp_path, *overrides)
+    output = finished(process, 60)
+    assert process.returncode == 2
+    assert message in output and "Traceback" not in output
+    assert output.count("\n") <= 3, output
+    assert not (tmp_path / "run").exists()
+
+
