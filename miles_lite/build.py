@@ -3,7 +3,9 @@ class stands behind a name; back-ends are imported when they are chosen."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +21,12 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, derive_seed
+from miles_lite.rollout.reward_check import Thinking, preflight
 from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
 from miles_lite.trainer.group import TrainerGroup
 from miles_lite.types import Prompt, Sampling
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from miles_lite.rollout.embedded.engine import EmbeddedEngine
@@ -60,6 +65,7 @@ def check(cfg: Config) -> Inputs:
     eval_prompts = _load(cfg, cfg.data.eval, tokenizer) if cfg.data.eval else []
     if not model.eos_token_ids:
         raise ConfigError(f"{cfg.model.path}: no eos_token_id, so answers would never stop")
+    _check_reward(cfg, train_prompts[0])
     sampling = Sampling(
         seed=cfg.seed,
         max_new_tokens=cfg.rollout.max_response_tokens,
@@ -217,6 +223,23 @@ def _reward_workers(cfg: Config, num_workers: int) -> RewardWorkers:
         response_len=reward.max_chars,
     )
     return RewardWorkers(reward.file, reward.function, num_workers, limits)
+
+
+def _check_reward(cfg: Config, prompt: Prompt) -> None:
+    """Refuse a reward that a right answer in the model's own format can never win."""
+    with _reward_workers(cfg, num_workers=1) as workers:
+        check = preflight(
+            lambda response, label: asyncio.run(workers.grade(response, label)),
+            prompt.text,
+            prompt.label,
+            name=cfg.reward.function,
+        )
+    if check.needs_thinking and check.thinking is Thinking.unsaid:
+        log.warning(
+            "reward %s wants </think> before the answer, but the chat template opens no think "
+            "block: it stays 0 unless the model writes the markers on its own",
+            cfg.reward.function,
+        )
 
 
 def _eval_set(cfg: Config, inputs: Inputs) -> EvalSet | None:

@@ -1,4 +1,4 @@
-"""`miles-lite COMMAND ...`: thin. What goes wrong because of the user ends in one line, not a trace."""
+"""`miles-lite COMMAND ...`: thin. A mistake of the user ends in one line, not in a trace."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 
+from miles_lite import log
+from miles_lite.run import RunError
+
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
-miles-lite check experiment=NAME [key=value ...]   read and check all that a run reads, start nothing
+miles-lite check experiment=NAME [key=value ...]   read and check all it reads, start nothing
 
-Keys are listed with their meaning in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
+Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
 
 
@@ -27,11 +30,12 @@ def run(words: Sequence[str]) -> int:
     if words[0] not in commands:
         print(f"miles-lite: no command {words[0]!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print(f"miles-lite {words[0]}: interrupted", file=sys.stderr)
         return 130

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from miles_lite.parallel import EngineDims, ParallelDims
 
-
 T = TypeVar("T")
 
 
@@ -182,7 +181,7 @@ class RewardConfig:
     file: Path  # Python file with the reward function
     function: str  # (response: str, label: str) -> float
     workers: int = 2
-    timeout_s: float = 5.0  # of one grade; then the worker is killed and the answer invalid
+    timeout_s: float = 10.0  # of one grade; then the worker is killed and the answer invalid
     memory_mb: int = 2048  # of one worker
     max_chars: int = 200_000  # longer answers are invalid, not graded
 
@@ -256,19 +255,19 @@ def compose(overrides: Sequence[str]) -> Config:
             f"say which experiment: experiment=NAME, with NAME one of {', '.join(names)}"
             + (f"; not {chosen[0]!r}{_nearest(chosen[0], names)}" if chosen else "")
         )
-    for override in overrides:
-        _check_override(override)
+    overrides = [_checked_override(override) for override in overrides]
     ConfigStore.instance().store(name="knobs", node=_defaults(Config))
     # in YAML, ${project:}/... names a file of this project wherever the user stands
     OmegaConf.register_new_resolver("project", lambda: str(CONFIGS.parent), replace=True)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra_compose("train", list(overrides))
+            composed = hydra_compose("train", overrides)
         raw = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).strip()) from None
     assert isinstance(raw, dict)
-    return build(Config, {**raw, "experiment": chosen[0]}, "")
+    named = {str(key): value for key, value in raw.items()}
+    return build(Config, named | {"experiment": chosen[0]}, "")
 
 
 def build(cls: type[T], raw: Mapping[str, Any], path: str) -> T:
@@ -320,7 +319,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _defaults(cls: Any) -> dict[str, Any]:
-    """All knobs of a dataclass with their defaults, "???" where there is none, as hydra wants it."""
+    """All knobs of a dataclass with their defaults, "???" where there is none, for hydra."""
     node: dict[str, Any] = {}
     hints = get_type_hints(cls)
     for entry in fields(cls):
@@ -337,27 +336,37 @@ def _defaults(cls: Any) -> dict[str, Any]:
     return node
 
 
-def _check_override(override: str) -> None:
+def _checked_override(override: str) -> str:
     """Refuse a mistyped key with the nearest name (hydra's own message names none)."""
     key, equals, _ = override.partition("=")
     if not equals:
         raise ConfigError(f"override {override!r} has no '=': write key=value")
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     if key in groups:
-        return
+        return override
     cls: Any = Config
     parts = key.lstrip("+~").split(".")
     for depth, part in enumerate(parts):
-        names = {f.name for f in fields(cls)}
+        names = [f.name for f in fields(cls)]
         if part not in names:
-            known = sorted(_all_keys(Config))
             where = ".".join([*parts[:depth], ""])
-            near = _nearest(where + part, [k for k in known if k.startswith(where)] or known)
-            raise ConfigError(f"unknown key {key}{near}")
+            raise ConfigError(f"unknown key {key}{_nearest_key(part, where, names)}")
         hint = get_type_hints(cls)[part]
+        if get_origin(hint) is dict:
+            return "++" + override.lstrip("+")  # an open map: its keys are new by nature
         if not is_dataclass(hint):
-            return
+            break
         cls = hint
+    return override
+
+
+def _nearest_key(part: str, where: str, names: Sequence[str]) -> str:
+    """A name of the same section, else the full name of a key spelt alike anywhere."""
+    if near := difflib.get_close_matches(part, names, n=1, cutoff=0.5):
+        return f"; did you mean {where}{near[0]}?"
+    known = {key.rsplit(".", 1)[-1]: key for key in _all_keys(Config)}
+    near = difflib.get_close_matches(part, known, n=1, cutoff=0.6)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def _all_keys(cls: Any, prefix: str = "") -> list[str]:

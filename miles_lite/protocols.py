@@ -34,11 +34,11 @@ class Resident(Protocol):
     """Anything that occupies device memory."""
 
     def enter(self, phase: Phase) -> None:
-        """Free or take memory until the table of `Phase` holds for this party; returns when it does."""
+        """Free or take memory; returns when the table of `Phase` holds for this party."""
         ...
 
     def held_bytes(self) -> Mapping[str, int]:
-        """Device bytes held now by kind ("weights", "grads", ...), summed over this party's ranks."""
+        """Device bytes held now by kind ("weights", "grads", ...), summed over all ranks."""
         ...
 
 
@@ -87,7 +87,7 @@ class Engine(Resident, Protocol):
         ...
 
     def layout(self) -> Sequence[Sequence[Hosted]]:
-        """For each rank of this engine: what it hosts. Together with dtype it is all a sync needs."""
+        """For each rank of this engine: what it hosts. All a sync needs besides the dtype."""
         ...
 
     def receivers(self) -> Sequence[Any]:
@@ -133,7 +133,10 @@ class StepResult:
 class Trainer(Resident, Protocol):
     """The optimizer of the policy; all its ranks."""
 
-    dp: int
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: how many shares a batch is cut into."""
+        ...
 
     def step(self, batch: Batch) -> StepResult:
         """Old log-probs, drift, and every update of `batch`. Weights change only here."""

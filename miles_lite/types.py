@@ -1,7 +1,7 @@
 """The nouns of a step, one frozen type a stage. A stage that learns a fact makes a new type.
 
-    Prompt -> Request -engine-> Completion -reward-> Sample -by prompt-> Group
-           -credit-> TrainSequence -pack-> Batch
+Prompt -> Request -engine-> Completion -reward-> Sample -by prompt-> Group
+Group -credit-> TrainSequence -pack-> Batch
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one completion is drawn. Equal fields and weights give equal tokens, whatever else runs."""
+    """How one completion is drawn. Equal fields and weights give equal tokens, always."""
 
     seed: int
     max_new_tokens: int

@@ -26,9 +26,7 @@ _UNITS = re.compile(
     r"(?:es)?s? *(?:\^[0-9]+)?"
 )
 _MILLIONS = (("million", "*10^6"), ("billion", "*10^9"), ("trillion", "*10^12"))
-_GLYPHS = str.maketrans(
-    {"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*", "×": "*"}  # noqa: RUF001
-)
+_GLYPHS = str.maketrans({"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*", "×": "*"})
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?:$|[^0-9]))")
 _TUPLE = re.compile(r"[(\[]([^()\[\]]+)[)\]]")
 _FRACTION = re.compile(r"-?[0-9]+\.?/0*[1-9][0-9]*\.?")

@@ -1,4 +1,4 @@
-"""Whole runs of the command line: real Ray, real Megatron, real engines, a folder that can be trusted."""
+"""Whole runs from the command line: real Ray, real Megatron, real engines, real files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -105,9 +106,10 @@ def test_transformers_loads_the_export_and_agrees_with_the_engines(run: Path) ->
     """The last evaluation was answered by the weights that were exported, token by token."""
     from transformers import AutoTokenizer, NemotronHForCausalLM
 
-    model, info = NemotronHForCausalLM.from_pretrained(
+    loaded: Any = NemotronHForCausalLM.from_pretrained(
         run / "hf", dtype=torch.float32, output_loading_info=True
     )
+    model, info = loaded
     assert not info["missing_keys"] and not info["mismatched_keys"]
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
@@ -224,5 +226,3 @@ def test_errors_of_the_user_end_in_one_line_before_anything_starts(
     assert message in output and "Traceback" not in output
     assert output.count("\n") <= 3, output
     assert not (tmp_path / "run").exists()
-
-

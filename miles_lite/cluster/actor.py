@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from miles_lite.cluster.placement import Bundle
 
 
 class RemoteError(RuntimeError):
-    """A rank failed, died, or did not answer in time. The message names rank, host and operation."""
+    """A rank failed, died, or did not answer in time. The message names rank and operation."""
 
 
 @dataclass(frozen=True, slots=True)

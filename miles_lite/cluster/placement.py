@@ -1,4 +1,4 @@
-"""Which process sits on which device: one bundle a device, shared by a trainer and an engine rank."""
+"""Which process sits where: one bundle a device, shared by a trainer and an engine rank."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 CPU_DEVICE = "miles_device"  # custom Ray resource: one unit is one CPU "device"
 
@@ -38,8 +39,8 @@ def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
     total = int(ray.cluster_resources().get(resource, 0))
     if total < num_devices:
         raise ValueError(
-            f"{num_devices} devices wanted (parallel.tp x pp x dp) but Ray sees {total} of resource "
-            f"{resource!r}: start more nodes or choose a smaller layout"
+            f"{num_devices} devices wanted (parallel.tp x pp x dp) but Ray sees {total} of "
+            f"resource {resource!r}: start more nodes or choose a smaller layout"
         )
     group = placement_group([{resource: 1}] * num_devices, strategy="PACK")
     if not group.wait(deadline_s):
@@ -48,21 +49,20 @@ def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
             f"{num_devices} devices were not free within {deadline_s:g} s: {free} of {total} are; "
             "another run may hold them"
         )
-    probe = ray.remote(_Probe)
-    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
+    probe: Any = ray.remote(_Probe)  # Ray types an actor class as the class itself
     probes = [
         probe.options(
             num_cpus=0,
             num_gpus=0.01 if resource == "GPU" else 0,
             resources={} if resource == "GPU" else {resource: 0.01},
-            scheduling_strategy=strategy(placement_group=group, placement_group_bundle_index=i),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=i
+            ),
         ).remote()
         for i in range(num_devices)
     ]
     places = ray.get([p.where.remote() for p in probes], timeout=deadline_s)
     for p in probes:
         ray.kill(p)
-    bundles = [
-        Bundle(group, i, resource, host, device) for i, (host, device) in enumerate(places)
-    ]
+    bundles = [Bundle(group, i, resource, host, device) for i, (host, device) in enumerate(places)]
     return sorted(bundles, key=lambda b: (tuple(map(int, b.host.split("."))), b.device, b.index))

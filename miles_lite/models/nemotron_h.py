@@ -1,4 +1,4 @@
-"""What a `nemotron_h` model is: sizes and layer pattern, read from its HF folder. Imports no torch."""
+"""What a `nemotron_h` model is: sizes and layers, read from its HF folder. Imports no torch."""
 
 from __future__ import annotations
 

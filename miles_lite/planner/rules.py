@@ -101,8 +101,8 @@ def _check_batch(cfg: Config) -> None:
     if samples % batch:
         raise ConfigError(
             f"rollout.num_prompts x samples_per_prompt = {cfg.rollout.num_prompts} x "
-            f"{cfg.rollout.samples_per_prompt} = {samples} samples a step do not split into updates "
-            f"of train.global_batch = {batch}; it may be {_divisors(samples)}"
+            f"{cfg.rollout.samples_per_prompt} = {samples} samples a step do not split into "
+            f"updates of train.global_batch = {batch}; it may be {_divisors(samples)}"
         )
     if batch % cfg.parallel.dp:
         raise ConfigError(

@@ -54,7 +54,7 @@ class RolloutManager:
         """`num_samples` scored completions of each prompt.
 
         purpose: mixed into the seeds, so that two uses of one prompt draw different samples.
-        Raises RolloutError after the deadline, saying how many samples of which engines are missing.
+        Raises RolloutError after the deadline, naming the engines that owe samples.
         """
         return asyncio.run(self._sample(prompts, sampling, num_samples, purpose))
 

@@ -193,6 +193,8 @@ class RewardWorkers:
     def _grade_batch(self, index: int, batch: list[_Item]) -> None:
         """Settle a batch; if the worker is lost, up to that answer, and put back the rest."""
         batch = [item for item in batch if not item.future.cancelled()]
+        if not batch:
+            return
         num_done = 0
         try:
             worker = self._living_worker(index)
@@ -289,12 +291,12 @@ class _Worker:
 
     def grade(self, wires: Sequence[bytes], timeout_s: float) -> Iterator[list[Verdict]]:
         """Verdicts in order, in pieces as they come. Raises _Lost for the first one missing."""
-        if not wires:
-            return
         self._send(b"[" + b",".join(wires) + b"]\n", timeout_s)
         num_missing = len(wires)
         for answers in self._lines(timeout_s):
             num_missing -= len(answers)
+            if num_missing < 0:  # something else wrote to its pipe
+                raise _Lost("crash")
             yield [Verdict(reward, reason) for reward, reason in answers]
             if not num_missing:
                 return
@@ -338,7 +340,10 @@ class _Worker:
                 raise _Lost("crash")
             lines, newline, self._unread = (self._unread + data).rpartition(b"\n")
             if newline:
-                yield json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
+                try:
+                    yield json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
+                except ValueError as error:
+                    raise _Lost("crash") from error
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> bool:

@@ -109,7 +109,7 @@ class HfWriter:
         data_start, header = self._header(file)
         entry = header[name]
         values = values.detach().to("cpu", _DTYPES[entry["dtype"]]).contiguous()
-        raw = memoryview(values.view(torch.uint8).reshape(-1).numpy())
+        raw = memoryview(values.view(torch.uint8).reshape(-1).numpy())  # pyright: ignore
         base = data_start + entry["data_offsets"][0]
         shape, width = entry["shape"], values.element_size()
         fd = os.open(self._part / file, os.O_WRONLY)

@@ -75,8 +75,8 @@ def sync_plan(
 ) -> list[Route]:
     """Routes that fill every row of every target once.
 
-    sources[r]: what trainer rank r hosts; targets[e]: what engine rank e hosts; home[e]: the trainer
-    rank on engine rank e's device. element_bytes: of the model's dtype. No bucket exceeds
+    sources[r]: what trainer rank r hosts; targets[e]: what engine rank e hosts; home[e]: the
+    trainer rank on engine rank e's device. element_bytes: of the model's dtype. No bucket exceeds
     bucket_bytes unless a single row does. Raises ValueError naming rows that nobody hosts.
     """
     held: dict[str, list[_Held]] = defaultdict(list)

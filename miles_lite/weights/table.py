@@ -1,10 +1,10 @@
 """The weight table: how HF tensors of a model make up Megatron's parameters. Written once.
 
 A row is one Megatron parameter or buffer: parts laid end to end, each part a run of segments of HF
-tensors, each part cut evenly by tensor parallelism. That one form covers a plain copy (one part, one
-segment), Mamba's in_proj (five parts, so that every rank holds whole z, x, B, C, dt) and the fused
-QKV (one part, whose segments go head group by head group). Converter, weight sync, planner and
-loader all read rows; nobody else knows a layout.
+tensors, each part cut evenly by tensor parallelism. That one form covers a plain copy (one part,
+one segment), Mamba's in_proj (five parts, so that every rank holds its share of each of z, x, B,
+C, dt) and the fused QKV (one part, whose segments go head group by head group). Weight sync,
+loader and export all read rows; nobody else knows a layout.
 
 Names are those of megatron-core's local (non-TE) layer specs and of HF checkpoints on disk.
 Sources: `nemotron_h` checkpoints, megatron-core `sharded_state_dict` of its Mamba model.
@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from miles_lite.parallel import ParallelDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import ParallelDims
 from miles_lite.protocols import Hosted, Segment
 
 
@@ -87,7 +87,11 @@ def rows(model: NemotronH) -> Iterator[Row]:
     )
     for layer in range(model.num_layers):
         yield from _layer_rows(
-            model, model.pattern[layer], f"backbone.layers.{layer}.", f"decoder.layers.{layer}.", layer
+            model,
+            model.pattern[layer],
+            f"backbone.layers.{layer}.",
+            f"decoder.layers.{layer}.",
+            layer,
         )
     last = model.num_layers
     yield _copy(
@@ -168,9 +172,7 @@ def _copy(
     return Row(megatron, (tensor,), dim, ((whole,),), cut, layer, expert)
 
 
-def _split(
-    megatron: str, hf: str, shape: tuple[int, ...], sizes: Sequence[int], layer: int
-) -> Row:
+def _split(megatron: str, hf: str, shape: tuple[int, ...], sizes: Sequence[int], layer: int) -> Row:
     """One HF tensor whose row blocks are each spread over all tensor-parallel ranks."""
     assert sum(sizes) == shape[0], f"{hf}: blocks {sizes} do not make up {shape[0]} rows"
     parts, start = [], 0
@@ -180,9 +182,7 @@ def _split(
     return Row(megatron, (HfTensor(hf, shape, 0),), 0, tuple(parts), Cut.tensor, layer)
 
 
-def _layer_rows(
-    model: NemotronH, kind: str, hf: str, megatron: str, layer: int
-) -> Iterator[Row]:
+def _layer_rows(model: NemotronH, kind: str, hf: str, megatron: str, layer: int) -> Iterator[Row]:
     build = {"M": _mamba_rows, "*": _attention_rows, "E": _moe_rows, "-": _mlp_rows}[kind]
     return build(model, hf, megatron, layer)
 

@@ -44,8 +44,8 @@ class Slots:
         free = shutil.disk_usage(_SHM).free
         if 2 * slot_bytes > free:
             raise ValueError(
-                f"sync.bucket_bytes = {slot_bytes} needs {2 * slot_bytes} bytes of {_SHM} per trainer "
-                f"rank but {free} are free: choose smaller buckets or enlarge {_SHM} "
+                f"sync buckets of {slot_bytes} bytes (sync.bucket_bytes) need twice that of {_SHM} "
+                f"per trainer rank but {free} bytes are free: choose smaller buckets or enlarge {_SHM} "
                 "(docker run --shm-size)"
             )
         self._folder = Path(tempfile.mkdtemp(prefix=f"miles-lite-{owner}-", dir=_SHM))
@@ -134,7 +134,7 @@ class Inbox:
         self._arrived[source] += 1
 
     def finish(self) -> dict[int, list[int]]:
-        """Check that everything came; checksums of the live parameters by source rank, plan order."""
+        """Check that all came; checksums of the live parameters by source rank, in plan order."""
         for source, arrived in self._arrived.items():
             due = self._routes[source].buckets
             if arrived < len(due):

@@ -37,7 +37,10 @@ def test_layouts_that_work_pass(overrides: list[str]) -> None:
         (["parallel.dp=1", "parallel.ep=1"], r"rollout\.engine\.num_engines x tp = 1 x 2"),
         (["rollout.engine.num_engines=2"], r"2 x 2 processes, but the trainer has 2 devices"),
         (["train.global_batch=96"], r"256 samples .* train\.global_batch = 96"),
-        (["train.global_batch=1"], r"train\.global_batch = 1 is not a multiple of parallel\.dp = 2"),
+        (
+            ["train.global_batch=1"],
+            r"train\.global_batch = 1 is not a multiple of parallel\.dp = 2",
+        ),
         (["rollout.samples_per_prompt=1", "train.global_batch=32"], r"samples_per_prompt = 1"),
         (["rollout.max_response_tokens=9000"], r"max_sequence_tokens = 4096"),
     ],

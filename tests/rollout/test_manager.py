@@ -1,4 +1,4 @@
-"""The rollout manager: same samples however many engines; nothing stale, late or lost is trained on."""
+"""The rollout manager: same samples on any number of engines; nothing stale or late is used."""
 
 from __future__ import annotations
 

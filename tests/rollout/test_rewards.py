@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.rollout.reward_check import Thinking
-from miles_lite.rollout.rewards import RewardLimits, RewardWorkers, load_reward, preflight
+from miles_lite.rollout.rewards import RewardLimits, RewardWorkers, load_reward
 from miles_lite.types import Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +34,7 @@ def obey(response, label):
     elif word == "memory": return len(bytearray(64 << 30))
     elif word == "hoard": return len([bytearray(1 << 20) for _ in range(1 << 20)])
     elif word == "raise": raise KeyError(rest)
+    elif word == "forge": os.write(int(rest), b"[1.0, \\"\\"]\\n" * 99 + b"?\\n"); time.sleep(60)
     elif word == "print": print("[1.0, \\"\\"]")
     elif word == "read": return float(len(sys.stdin.read()))
     elif word == "pid": return os.getpid()
@@ -128,8 +128,10 @@ def test_the_limit_is_for_each_answer_not_for_a_batch(workers: RewardWorkers) ->
 
 
 @pytest.mark.parametrize("word", ["exit", "sysexit", "segfault", "memory", "hoard"])
-def test_a_crash_costs_one_answer(workers: RewardWorkers, word: str) -> None:
-    verdicts = grade_all(workers, ["value 1", "value 2", word, "value 3", "value 4"])
+def test_a_crash_costs_one_answer(obey: Path, word: str) -> None:
+    limits = RewardLimits(timeout_s=30, memory_bytes=256 << 20)
+    with RewardWorkers(obey, "obey", 2, limits) as workers:
+        verdicts = grade_all(workers, ["value 1", "value 2", word, "value 3", "value 4"])
     assert verdicts == [
         Verdict(1.0, ""),
         Verdict(2.0, ""),
@@ -163,6 +165,16 @@ def test_a_crash_costs_one_answer(workers: RewardWorkers, word: str) -> None:
 )
 def test_verdicts(workers: RewardWorkers, response: str, verdict: Verdict) -> None:
     assert grade(workers, response) == verdict
+
+
+def test_a_worker_that_talks_nonsense_is_replaced(workers: RewardWorkers) -> None:
+    for descriptor in range(3, 6):
+        assert grade(workers, f"forge {descriptor}").reason in (
+            "crash",
+            "timeout",
+            "error: OSError",
+        )
+    assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
 
 
 def test_big_batches_fit_through_the_pipe(workers: RewardWorkers) -> None:
@@ -348,59 +360,6 @@ def test_a_worker_that_dies_at_start_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "dead.py").write_text("import os\nos._exit(1)")
     with pytest.raises(ValueError, match="crash"):
         RewardWorkers(tmp_path / "dead.py", "dead", 2)
-
-
-# ------------------------------------------------------------------ preflight
-
-OPENED = "<|im_start|>assistant\n<think>\n"
-CLOSED = "<|im_start|>assistant\n<think></think>"
-UNSAID = "Put it in <think></think>.<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "prompt", "thinking", "needs_thinking"),
-    [
-        ("deepscaler", OPENED, Thinking.opened, True),
-        ("deepscaler", UNSAID, Thinking.unsaid, True),  # worth a warning
-        ("math", OPENED, Thinking.opened, False),
-        ("math", CLOSED, Thinking.closed, False),
-        ("math", UNSAID, Thinking.unsaid, False),
-    ],
-)
-def test_preflight_passes(name: str, prompt: str, thinking: Thinking, needs_thinking: bool) -> None:
-    reward = load_reward(ROOT / "rewards" / f"{name}.py", name)
-    check = preflight(reward, prompt, "34")
-    assert (check.thinking, check.needs_thinking) == (thinking, needs_thinking)
-
-
-def test_preflight_refuses_a_reward_behind_thinking_without_thinking() -> None:
-    deepscaler = load_reward(ROOT / "rewards" / "deepscaler.py", "deepscaler")
-    with pytest.raises(
-        ValueError, match=r"deepscaler can never.*<think></think>.*rewards/math\.py"
-    ):
-        preflight(deepscaler, CLOSED, "34")
-
-
-def test_preflight_refuses_a_reward_blind_behind_thinking() -> None:
-    with pytest.raises(ValueError, match=r"exact can never.*thinking off"):
-        preflight(lambda r, label: float(r == label), OPENED, "34", name="exact")
-
-
-def test_preflight_knows_rewards_that_start_below_zero() -> None:
-    preflight(lambda r, label: 1.0 if f"Answer: {label}" in r else -1.0, UNSAID, "34")
-    with pytest.raises(ValueError, match="no more than an empty one"):
-        preflight(lambda r, label: -1.0, UNSAID, "34")
-
-
-def test_preflight_tells_why_there_is_no_verdict() -> None:
-    with pytest.raises(ValueError, match="no verdict: error: KeyError"):
-        preflight(lambda r, label: Verdict(0.0, "error: KeyError"), UNSAID, "34")
-
-
-def test_preflight_takes_graded_verdicts_of_workers() -> None:
-    with RewardWorkers(ROOT / "rewards" / "deepscaler.py", "deepscaler", 1) as workers:
-        check = preflight(lambda r, label: asyncio.run(workers.grade(r, label)), OPENED, "34")
-    assert [attempt.response for attempt in check.winners] == ["So that is it.</think>\\boxed{34}"]
 
 
 # ------------------------------------------------------------------ together

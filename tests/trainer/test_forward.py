@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.trainer.megatron import forward, model, stand_ins
 from miles_lite.types import MicroBatch, TrainSequence
+from miles_lite.weights.table import trainer_layout
 from tests.trainer.conftest import TEMPERATURE, Tiny, loss
 from tests.trainer.ranks import World, run_ranks
 from tests.trainer.test_model import CHUNK, CPU, ONE, dims, load
@@ -162,6 +165,46 @@ def test_right_and_wrong(tiny: Tiny) -> None:
     assert errors.pop("packed or not") < 1e-5
     for what, error in errors.items():
         assert error > 1e-2, f"{what}: nothing notices"
+
+
+# ---- other shapes of model
+
+
+def _unlike_tiny(world: World, tiny: Tiny) -> dict[str, Any]:
+    """Names of the live model and of the table, for models without experts or latent width."""
+    found: dict[str, Any] = {}
+    sizes = NemotronH.from_folder(tiny.folder)
+    variants = {
+        "dense": dict(pattern="M-*", num_experts=0, top_k=0, expert_ffn_size=0, latent_size=0),
+        "no latent": dict(latent_size=0),
+        "one group": dict(mamba_num_groups=1, num_kv_heads=1),
+    }
+    with world.layout(ONE):
+        for name, changes in variants.items():
+            changed = dataclasses.replace(sizes, **changes)
+            module = model.build_model(
+                changed, model.transformer_config(changed, ONE, torch.float32, {})
+            )
+            live = model.named_weights(module)
+            planned = {h.param: sum(map(len, h.segments)) for h in trainer_layout(changed, ONE, 0)}
+            assert planned.keys() == live.keys(), planned.keys() ^ live.keys()
+            for h in trainer_layout(changed, ONE, 0):
+                assert live[h.param].shape[h.dim] == planned[h.param], h.param
+            out = _logprobs(module, tiny.micro_batches[0])
+            found[name] = bool(out.isfinite().all())
+        nothing = forward.packed(MicroBatch((), ()), 1, CPU)
+        module.train()
+        out = forward.forward_step(module, nothing, TEMPERATURE, CHUNK)
+        out.sum().backward()
+        found["nothing"] = tuple(out.shape) == (2, 0) and not any(
+            p.grad.any() for p in module.parameters() if p.grad is not None
+        )
+    return found
+
+
+def test_other_models_and_nothing_to_train_on(tiny: Tiny) -> None:
+    (found,) = run_ranks(1, _unlike_tiny, tiny)
+    assert all(found.values()), found
 
 
 # ---- bf16

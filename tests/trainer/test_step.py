@@ -182,9 +182,7 @@ def test_one_rank_steps_as_plain_torch(tiny: Tiny, single: Any) -> None:
     for sample, values in old.items():
         assert trained.logprobs[sample] == pytest.approx(values, abs=1e-4)
     drift = [
-        abs(a - b)
-        for s in sequences(16)
-        for a, b in zip(old[s.sample], s.logprobs, strict=True)
+        abs(a - b) for s in sequences(16) for a, b in zip(old[s.sample], s.logprobs, strict=True)
     ]
     assert trained.metrics["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(
         max(drift), abs=1e-3
@@ -219,8 +217,7 @@ def test_offloaded_optimizer_and_frozen_reference(tiny: Tiny, single: Any) -> No
     assert_same_step(offloaded, single)
     assert 0 < pulled[0].metrics["train/kl_loss"] < 1
     assert any(
-        not torch.allclose(pulled[1][name], tensor, atol=1e-6)
-        for name, tensor in single[1].items()
+        not torch.allclose(pulled[1][name], tensor, atol=1e-6) for name, tensor in single[1].items()
     )
 
 

@@ -2,7 +2,8 @@
 
 Shapes: U prompts of at most L tokens, R running sequences, C convolved channels, k the kernel,
 h heads of p channels, g groups of h/g heads that share B and C, n state size. State maths is fp32;
-the state itself is [g, n, c], c the channels of all heads of a group, which a decode step runs along.
+the state itself is [g, n, c], with c the channels of all heads of a group innermost: a decode step
+runs along them.
 """
 
 from __future__ import annotations

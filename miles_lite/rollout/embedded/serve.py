@@ -262,11 +262,9 @@ class Server:
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first cause of the engine, tell the others through the store, wake callers."""
-        # where it happened comes first: messages of torch can be pages long
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"engine rank {self.rank} stopped serving at {where.filename}:{where.lineno}: {type(error).__name__}: {error}"[
-            :2000
-        ]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"engine rank {self.rank} stopped serving in {frame.filename}:{frame.lineno}"
+        text = f"{where}: {type(error).__name__}: {error}"[:2000]  # torch can go on for pages
         try:
             if self._store is not None:
                 if self._store.check(["failure"]):

@@ -24,7 +24,7 @@ class DeviceMemory:
     def __init__(self, ddp: DistributedDataParallel, device: torch.device) -> None:
         self._ddp = ddp
         self._device = device
-        self._weights = _storages([*ddp.module.parameters(), *ddp.module.buffers()])
+        self._weights = _storages([*ddp.module.parameters(), *ddp.module.buffers()])  # pyright: ignore
         self._host: list[torch.Tensor] = []  # pinned copies while weights are off the device
         self._has_grads = True
 

@@ -48,7 +48,9 @@ def use_distributed_optimizer(optim: OptimConfig, dtype: torch.dtype) -> bool:
 class Optimizer:
     """Megatron's optimizer with our schedule. All ranks call the same methods in the same order."""
 
-    def __init__(self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype
+    ) -> None:
         self._optim = optim
         self._updates = 0
         config = OptimizerConfig(

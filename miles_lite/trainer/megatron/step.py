@@ -110,7 +110,9 @@ class Step:
                 # a later update weighs its tokens anew: the mean is over all updates of the step
                 parts.append(rollout_drift(ours, seen.rollout_logprobs, seen.weights))
                 parts.append(_sample_means("rollout/log_probs", ours, seen))
-                parts.append(_sample_means("rollout/rollout_log_probs", seen.rollout_logprobs, seen))
+                parts.append(
+                    _sample_means("rollout/rollout_log_probs", seen.rollout_logprobs, seen)
+                )
         return merge(*parts)
 
     # -------------------------------------------------------------- one update
@@ -170,7 +172,7 @@ class Step:
         loss_of: Callable[[int], Callable],
         train: bool = False,
     ) -> list[torch.Tensor]:
-        """Run Megatron's schedule; what loss functions returned second, in order of micro-batches."""
+        """Run Megatron's schedule; what loss functions returned second, by micro-batch."""
         tp = groups.get_tensor_model_parallel_world_size()
         settings = self._settings
 

@@ -1,4 +1,4 @@
-"""One trainer rank, from the outside: what the trainer group may ask of it. Lives in a Ray actor."""
+"""One trainer rank: what the trainer group may ask of it. Lives in a Ray actor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class MegatronWorker:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         self._spec = spec
         self._rank = rank
-        self._device = torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
+        self._device = (
+            torch.device(spec.device, 0) if spec.device == "cuda" else torch.device("cpu")
+        )
         self._dtype = DTYPES[spec.dtype]
         self._model = NemotronH.from_folder(spec.model_path)
         self._hosted = trainer_layout(self._model, spec.dims, rank)

@@ -11,8 +11,9 @@ import pytest
 from miles_lite.cluster.parallel import EngineDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.rollout.embedded.rank import EngineRank
 from miles_lite.types import Completion, Finish, Request
-from tests.rollout.embedded.helpers import GREEDY, SAMPLED, Tiny, random_prompt, run
+from tests.rollout.embedded.helpers import GREEDY, ONE, SAMPLED, Tiny, random_prompt, run
 from tests.rollout.embedded.ranks import Pool
 
 OPTIONS = EngineOptions(max_running=4, max_seq_len=96, prefill_tokens=64, timeout_s=20)
@@ -46,9 +47,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Tiny) -> dict[int, Completion]:
-    from miles_lite.rollout.embedded.rank import EngineRank
-
-    rank = EngineRank(tiny.model, EngineDims(tp=1, dp=1, ep=1), 0, OPTIONS)
+    rank = EngineRank(tiny.model, ONE, 0, OPTIONS)
     rank.connect("")
     rank.load_hf(tiny.folder)
     rank.set_version(0)
@@ -110,7 +109,7 @@ def test_a_rank_that_fails_is_named_by_rank_0_at_once(tiny: Tiny, pool: Pool):
     pool.start(tiny.model, EngineDims(tp=4, dp=2, ep=2), OPTIONS, tiny.folder)
     pool.call(3, "sabotage")
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="engine rank 3 .*ZeroDivisionError: sabotaged"):
+    with pytest.raises(RuntimeError, match=r"engine rank 3 .*ZeroDivisionError: sabotaged"):
         finish(pool, REQUESTS)
     assert time.monotonic() - start < OPTIONS.timeout_s / 2
     with pytest.raises(RuntimeError, match="engine rank 3"):

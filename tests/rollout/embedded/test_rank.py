@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -154,7 +155,7 @@ def test_refusals(tiny: Tiny, start: StartRank):
 def test_a_crash_reaches_the_caller(start: StartRank):
     rank = start()
     rank.tensor("layers.0.in_proj").fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="engine rank 0 stopped.*request 3 are not finite"):
+    with pytest.raises(RuntimeError, match=r"engine rank 0 stopped.*request 3 are not finite"):
         run(rank, [Request(3, (1, 2), GREEDY)])
     with pytest.raises(RuntimeError, match="not finite"):
         rank.submit([Request(4, (1, 2), GREEDY)])
@@ -212,3 +213,14 @@ def test_parameters_that_stay_fp32(tiny: Tiny):
 def test_impossible_layouts_are_refused(tiny: Tiny, dims: EngineDims, message: str):
     with pytest.raises(ValueError, match=message):
         EngineRank(tiny.model, dims, 0, EngineOptions())
+
+
+def test_a_forgotten_poll_takes_nothing(start: StartRank):
+    """A caller that is gone leaves a poll waiting; what is submitted later is not for it."""
+    rank = start()
+    with ThreadPoolExecutor() as pool:
+        forgotten = pool.submit(rank.poll, 30.0)
+        time.sleep(0.1)
+        rank.submit([Request(0, (1, 2), GREEDY)])
+        assert forgotten.result(5) == []
+        assert drain(rank, 1)
