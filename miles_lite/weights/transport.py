@@ -45,8 +45,8 @@ class Slots:
         if 2 * slot_bytes > free:
             raise ValueError(
                 f"sync buckets of {slot_bytes} bytes (sync.bucket_bytes) need twice that of {_SHM} "
-                f"per trainer rank but {free} bytes are free: choose smaller buckets or enlarge {_SHM} "
-                "(docker run --shm-size)"
+                f"per trainer rank but {free} bytes are free: choose smaller buckets or enlarge "
+                f"{_SHM} (docker run --shm-size)"
             )
         self._folder = Path(tempfile.mkdtemp(prefix=f"miles-lite-{owner}-", dir=_SHM))
         self.paths = [self._folder / "0", self._folder / "1"]
