@@ -39,8 +39,8 @@ class TrainerGroup:
         self._timeout_s = spec.train.timeout_s
         self._plan: list[Route] = []
         self._planned_for: tuple[str, ...] = ()  # engine ranks the plan was made for
-        port = workers[0].call("propose_port", deadline_s=start_timeout_s)
-        call_all(workers, "setup", f"{host}:{port}", deadline_s=start_timeout_s)
+        address = workers[0].call("listen", host, deadline_s=start_timeout_s)
+        call_all(workers, "setup", address, deadline_s=start_timeout_s)
 
     @property
     def dp(self) -> int:

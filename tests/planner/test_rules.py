@@ -58,3 +58,5 @@ def test_lost_expert_gradients_are_refused_where_megatron_loses_them() -> None:
     rules.refuse_lost_expert_gradients(lossy, "0.19.2")
     for fine in (replace(lossy, expert_tp=2), replace(lossy, ep=2), replace(lossy, tp=1)):
         rules.refuse_lost_expert_gradients(fine, "0.16.1")
+    with pytest.raises(ConfigError):
+        rules.refuse_lost_expert_gradients(replace(lossy, tp=4, expert_tp=2), "0.18.0")

@@ -240,23 +240,6 @@ def test_stages_must_be_equal(sizes: NemotronH) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "version", "safe"),
-    [
-        (dims(tp=2), "0.16.1", False),
-        (dims(tp=2, dp=4), "0.18.0", False),
-        (dims(tp=4, expert_tp=2), "0.17.1", False),
-        (dims(tp=2), "0.19.2", True),
-        (dims(tp=2, expert_tp=2), "0.16.1", True),
-        (dims(tp=2, ep=2), "0.16.1", True),
-        (dims(dp=2), "0.16.1", True),
-    ],
-)
-def test_unsafe_layout(layout: ParallelDims, version: str, safe: bool) -> None:
-    with nullcontext() if safe else pytest.raises(ValueError, match="expert gradients"):
-        model.refuse_unsafe_layout(layout, version)
-
-
-@pytest.mark.parametrize(
     ("theirs", "ours"),
     [
         ("mixer.conv1d_weight", "mixer.conv1d.weight"),

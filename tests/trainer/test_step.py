@@ -109,10 +109,26 @@ def train(world: World, jobs: list[tuple[WorkerSpec, Batch]]) -> list[Trained]:
     return done
 
 
-def run(jobs: list[tuple[WorkerSpec, Batch]]) -> list[tuple[Trained, dict[str, torch.Tensor]]]:
+def train_with_wrong_backward(world: World, jobs: list[tuple[WorkerSpec, Batch]]) -> list[Trained]:
+    """As `train`, but the last layer's gradient comes out 5 % too large."""
+    from miles_lite.trainer.megatron import logprob
+
+    right = logprob._LinearLogprob.backward
+
+    def wrong(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        grad_hidden, grad_weight, *rest = right(ctx, *grads)
+        return grad_hidden, grad_weight * 1.05, *rest
+
+    logprob._LinearLogprob.backward = staticmethod(wrong)
+    return train(world, jobs)
+
+
+def run(
+    jobs: list[tuple[WorkerSpec, Batch]], fn: Any = train
+) -> list[tuple[Trained, dict[str, torch.Tensor]]]:
     """(merged report, whole HF tensors) of each job; all jobs have one world size."""
     size = jobs[0][0].dims.world_size
-    by_rank = run_ranks(size, train, jobs, deadline_s=300)
+    by_rank = run_ranks(size, fn, jobs, deadline_s=300)
     results = []
     for index in range(len(jobs)):
         ranks = [by_rank[r][index] for r in range(size)]
@@ -189,7 +205,15 @@ def test_one_rank_steps_as_plain_torch(tiny: Tiny, single: Any) -> None:
     )
 
 
-def test_packing_token_aggregation_and_lr_zero(tiny: Tiny, single: Any) -> None:
+def test_a_wrong_backward_pass_is_caught(tiny: Tiny, single: Any) -> None:
+    (got,) = run([(spec_of(tiny.folder, ONE), batch_for(1))], train_with_wrong_backward)
+    with pytest.raises(AssertionError):
+        assert_same_step(got, single)
+    worst = max(float((got[1][n] - w).abs().max()) for n, w in single[1].items())
+    assert worst > 1e-5
+
+
+def test_packing_and_lr_zero(tiny: Tiny, single: Any) -> None:
     """More micro-batches change nothing; a learning rate of 0 changes no weight at all."""
     spec = spec_of(tiny.folder, ONE)
     still = replace(spec, optim=replace(OPTIM, lr=0.0))

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from miles_lite.cluster.parallel import EngineDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
 
 
 class Cache:

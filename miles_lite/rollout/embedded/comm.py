@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from miles_lite.cluster.parallel import EngineDims
+from miles_lite.parallel import EngineDims
 from miles_lite.rollout.embedded.options import EngineOptions
 
 

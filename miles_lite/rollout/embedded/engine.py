@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from miles_lite.cluster.actor import Remote, call_all
-from miles_lite.cluster.parallel import EngineDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Hosted, Phase
 from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.options import EngineOptions

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles_lite.cluster.parallel import EngineDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
 from miles_lite.rollout.embedded import mamba
 from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comm, Comms

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from miles_lite.cluster.parallel import EngineDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Bucket, Hosted, Phase
 from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, TCPStore, open_store

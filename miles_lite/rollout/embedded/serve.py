@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from miles_lite.cluster.parallel import EngineDims
+from miles_lite.parallel import EngineDims
 from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, Store
 from miles_lite.rollout.embedded.model import Model, Step

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
+from miles_lite.planner.rules import refuse_lost_expert_gradients
 from miles_lite.trainer.megatron.layers import stack_spec
 
 # what megatron's mixer hard-codes as epsilon of its gated norm
@@ -42,7 +43,7 @@ def transformer_config(
     from megatron.core import __version__
     from megatron.core.transformer import TransformerConfig
 
-    refuse_unsafe_layout(dims, __version__)
+    refuse_lost_expert_gradients(dims, __version__)
     _refuse_unsupported(model, dims)
     derived = _of_model(model) | _of_layout(dims, dtype)
     chosen = _defaults(torch.cuda.is_available())
@@ -61,21 +62,6 @@ def transformer_config(
             )
         chosen[name] = value
     return TransformerConfig(**(chosen | derived))
-
-
-def refuse_unsafe_layout(dims: ParallelDims, version: str) -> None:
-    """Raise for a layout whose gradients megatron-core `version` silently gets wrong.
-
-    Before 0.19, experts that are neither cut by tensor parallelism nor spread over expert
-    parallelism are taken for ordinary replicated weights, and the gradients that the TP ranks
-    computed from their own tokens are never summed.
-    """
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if dims.tp > 1 and dims.ep == 1 and dims.expert_tp != dims.tp and (major, minor) < (0, 19):
-        raise ValueError(
-            f"tp = {dims.tp} with ep = 1 and expert_tp = {dims.expert_tp}: megatron-core {version} "
-            f"would lose expert gradients. Set expert_tp = {dims.tp}, or ep > 1, or use >= 0.19"
-        )
 
 
 def build_model(model: NemotronH, config: Any) -> nn.Module:

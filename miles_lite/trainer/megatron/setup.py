@@ -11,19 +11,41 @@ from miles_lite.parallel import ParallelDims
 from miles_lite.trainer.megatron import cpu_compat
 
 
-def init(rank: int, address: str, dims: ParallelDims, seed: int, timeout_s: float) -> None:
+def listen(host: str, timeout_s: float) -> dist.TCPStore:
+    """The meeting point of a trainer, opened by rank 0 on a port that is free and stays its own."""
+    return dist.TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def init(
+    rank: int,
+    address: str,
+    dims: ParallelDims,
+    seed: int,
+    timeout_s: float,
+    store: dist.TCPStore | None = None,
+) -> None:
     """Join the trainer's world as `rank` of dims.world_size; returns once all ranks have.
 
-    `address` is "host:port" of rank 0. A collective that takes longer than `timeout_s` raises.
-    The seed is the same for all ranks; megatron derives those of TP, EP and PP ranks from it.
+    `address` is "host:port" of the meeting point; `store`, if this rank opened it. A collective
+    that takes longer than `timeout_s` raises. The seed is the same for all ranks; megatron derives
+    those of TP, EP and PP ranks from it.
     """
     cpu_compat.install()
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        host, port = address.rsplit(":", 1)
+        master = rank == 0
+        store = dist.TCPStore(
+            host, int(port), is_master=master, wait_for_workers=False, timeout=timeout
+        )
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{address}",
+        store=store,
         rank=rank,
         world_size=dims.world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
     init_groups(dims, seed, timeout_s)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from miles_lite import log
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Bucket, Hosted, Phase
 from miles_lite.trainer.megatron import setup
@@ -26,6 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class MegatronWorker:
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        log.setup("trainer", rank)
         # of every rank, at every start: what is not installed, what torch will rename one day
         warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -40,17 +41,17 @@ class MegatronWorker:
         self._routes: dict[int, Route] = {}
         self._receivers: Sequence[Any] = ()
         self._slots: Slots | None = None
+        self._store: Any = None  # rank 0's, once it listens
 
-    def propose_port(self) -> int:
-        """A free port of this rank's host, for all ranks to meet at."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+    def listen(self, host: str) -> str:
+        """On rank 0: open the place where all ranks meet. Returns its address."""
+        self._store = setup.listen(host, self._spec.train.timeout_s)
+        return f"{host}:{self._store.port}"
 
     def setup(self, address: str) -> None:
         """Join the group at `address`, build the model, load HF weights, make the optimizer."""
         spec = self._spec
-        setup.init(self._rank, address, spec.dims, spec.seed, spec.train.timeout_s)
+        setup.init(self._rank, address, spec.dims, spec.seed, spec.train.timeout_s, self._store)
         # these modules import megatron, which must see the CPU look-alikes installed by `init`
         from miles_lite.trainer.megatron import memory, optimizer, step
         from miles_lite.trainer.megatron.model import build_model, named_weights, transformer_config

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from miles_lite.cluster.parallel import EngineDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
 from miles_lite.rollout.embedded.rank import EngineRank
 from miles_lite.types import Completion, Request, Sampling
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from miles_lite.cluster.parallel import EngineDims
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.rank import EngineRank

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from miles_lite.cluster.parallel import EngineDims
+from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.rank import EngineRank

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miles_lite.cluster.parallel import EngineDims
+from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.options import EngineOptions

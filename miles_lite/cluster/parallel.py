@@ -1,1 +1,0 @@
-from miles_lite.parallel import EngineDims, ParallelDims  # noqa: F401
