@@ -60,6 +60,8 @@ def check(cfg: Config) -> Inputs:
     lasts. Raises ValueError (ConfigError where a key is to blame)."""
     model = NemotronH.from_folder(cfg.model.path)
     rules.check(cfg, model)
+    if cfg.train.megatron:
+        _check_megatron_fields(cfg, model)
     tokenizer = ChatTokenizer.load(cfg.model.path)
     train_prompts = _load(cfg, cfg.data.train, tokenizer)
     eval_prompts = _load(cfg, cfg.data.eval, tokenizer) if cfg.data.eval else []
@@ -223,6 +225,16 @@ def _reward_workers(cfg: Config, num_workers: int) -> RewardWorkers:
         response_len=reward.max_chars,
     )
     return RewardWorkers(reward.file, reward.function, num_workers, limits)
+
+
+def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
+    """Refuse train.megatron fields that do not exist or contradict the model or the layout."""
+    from miles_lite.trainer.megatron import cpu_compat
+    from miles_lite.trainer.megatron.model import transformer_config
+    from miles_lite.trainer.megatron.worker import DTYPES
+
+    cpu_compat.install()
+    transformer_config(model, cfg.parallel.dims, DTYPES[cfg.model.dtype], cfg.train.megatron)
 
 
 def _check_reward(cfg: Config, prompt: Prompt) -> None:

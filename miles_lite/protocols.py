@@ -72,6 +72,10 @@ class Bucket:
     num_bytes: int
 
 
+class EngineError(RuntimeError):
+    """An engine cannot answer. The message names engine and rank."""
+
+
 class Engine(Resident, Protocol):
     """One rollout engine: one or more processes that serve one copy of the policy."""
 
@@ -79,7 +83,7 @@ class Engine(Resident, Protocol):
     version: int  # of the weights it serves; -1 before the first commit
 
     async def generate(self, request: Request) -> Completion:
-        """Draw one completion. Raises EngineError naming engine and rank when it cannot."""
+        """Draw one completion. A uid is used once in an engine's life. Raises EngineError."""
         ...
 
     async def abort(self) -> None:

@@ -10,6 +10,8 @@ from miles_lite.protocols import Metrics
 
 Summary = dict[str, float | int | str]
 
+LAST_STEPS = 5  # one step is few prompts: the closing reward is a mean over some
+
 
 def summarize(folder: Path, steps: Mapping[int, Metrics]) -> Summary:
     """First and last rewards, held-out accuracy, drift, speed. Missing metrics are left out.
@@ -24,7 +26,8 @@ def summarize(folder: Path, steps: Mapping[int, Metrics]) -> Summary:
         return found
     found |= {
         "reward_first": rewards[0],
-        "reward_last": rewards[-1],
+        "reward_last": statistics.fmean(rewards[-LAST_STEPS:]),
+        "reward_last_step": rewards[-1],
         "reward_best": max(rewards),
         "drift_max": max(m["train/train_rollout_logprob_abs_diff"] for m in trained),
         "step_time_s": statistics.median(m["perf/step_time"] for m in trained),
@@ -50,7 +53,7 @@ def lines(summary: Summary) -> list[str]:
     if "reward_first" in summary:
         told += [
             f"reward             {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}"
-            f" (best {summary['reward_best']:.3f})",
+            f" (mean of the last {LAST_STEPS} steps; best {summary['reward_best']:.3f})",
             f"drift              at most {summary['drift_max']:.2e} nats a token"
             " (|log p trainer - log p engine|)",
             f"speed              {summary['step_time_s']:.2f} s a step, rollout "

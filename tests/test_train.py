@@ -20,6 +20,8 @@ from miles_lite.run import read_metrics, read_samples
 COMMAND = [sys.executable, "-m", "miles_lite.cli", "train", "experiment=tiny"]
 SMALL = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
 
+CHANGED = ["algo.eps_clip_high=0.3", "eval.temperature=0"]
+
 # names that dashboards of users rely on
 PROMISED = """
 rollout/raw_reward rollout/rewards rollout/advantages rollout/log_probs rollout/rollout_log_probs
@@ -66,7 +68,7 @@ def train(folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("train"), "train.num_steps=2", "algo.eps_clip_high=0.3")
+    return train(tmp_path_factory.mktemp("train"), "train.num_steps=2", *CHANGED)
 
 
 @pytest.mark.slow
@@ -167,7 +169,7 @@ def test_other_layouts_run(tmp_path: Path, layout: list[str]) -> None:
 @pytest.mark.slow
 def test_same_seed_same_run(tmp_path: Path, run: Path) -> None:
     """Tokens, rewards and losses of two runs are the same, to the bit."""
-    again = train(tmp_path, "train.num_steps=2", "algo.eps_clip_high=0.3")
+    again = train(tmp_path, "train.num_steps=2", *CHANGED)
     for step in (0, 1):
         name = f"samples/step_{step:06d}.jsonl.gz"
         ours, theirs = list(read_samples(run / name)), list(read_samples(again / name))
@@ -215,6 +217,9 @@ def wait_for_training(process: subprocess.Popen[str], folder: Path, deadline_s: 
         (["model.path=/no/such/model"], "/no/such/model"),
         (["data.train=/no/such/data.jsonl"], "/no/such/data.jsonl"),
         (["reward.function=deepscalar"], "deepscaler"),
+        (["data.template_kwargs.enable_thinking=false"], "reward deepscaler can never be won"),
+        (["train.megatron.moe_router_topkk=3"], "did you mean moe_router_topk?"),
+        (["train.megatron.num_layers=3"], "contradicts 8"),
     ],
 )
 def test_errors_of_the_user_end_in_one_line_before_anything_starts(

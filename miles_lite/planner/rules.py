@@ -12,6 +12,9 @@ from miles_lite.config import Config, ConfigError
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
 
+# what megatron's Mamba mixer hard-codes as epsilon of its gated norm
+_GATED_NORM_EPS = 1e-5
+
 
 def check(cfg: Config, model: NemotronH) -> None:
     """Raise ConfigError on the first rule that `cfg` breaks for `model`."""
@@ -24,7 +27,7 @@ def check(cfg: Config, model: NemotronH) -> None:
 def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
     dims = cfg.parallel.dims
     _check_tensor_parallel("parallel.tp", dims.tp, model)
-    _divides("parallel.pp", dims.pp, "layers of the pattern", model.num_layers)
+    refuse_what_megatron_changes(model, dims)
     if "E" not in model.pattern:
         if dims.ep != 1:
             raise ConfigError(f"parallel.ep = {dims.ep} but the model has no experts: set it to 1")
@@ -33,6 +36,21 @@ def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
     _divides("parallel.expert_tp", dims.expert_tp, "expert width", model.expert_ffn_size)
     _check_expert_grid(dims)
     refuse_lost_expert_gradients(dims, metadata.version("megatron-core"))
+
+
+def refuse_what_megatron_changes(model: NemotronH, dims: ParallelDims) -> None:
+    """Refuse what megatron would compute differently from the checkpoint's own code, or drop."""
+    if model.norm_eps != _GATED_NORM_EPS:
+        raise ConfigError(
+            f"norm_eps = {model.norm_eps}: megatron's Mamba mixer knows {_GATED_NORM_EPS} only"
+        )
+    if model.num_experts and (not model.norm_topk_prob or model.top_k == 1):
+        raise ConfigError(
+            f"norm_topk_prob = {model.norm_topk_prob} with top_k = {model.top_k}: megatron always "
+            "normalises the chosen experts' weights, and only if there are several"
+        )
+    # megatron would drop the last layers
+    _divides("parallel.pp", dims.pp, "layers of the pattern", model.num_layers)
 
 
 def refuse_lost_expert_gradients(dims: ParallelDims, megatron_version: str) -> None:

@@ -9,16 +9,12 @@ from typing import Any
 from miles_lite.cluster.actor import Remote, call_all
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
-from miles_lite.protocols import Hosted, Phase
+from miles_lite.protocols import EngineError, Hosted, Phase
 from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.types import Completion, Request
 
 POLL_WAIT_S = 5.0  # a poll that finds nothing returns after this long, and is repeated
-
-
-class EngineError(RuntimeError):
-    """An engine cannot answer. The message names engine and rank."""
 
 
 class EmbeddedEngine:

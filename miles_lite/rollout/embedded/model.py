@@ -75,10 +75,12 @@ class Model:
         self.mixers = {"M": self._mamba, "*": self._attention, "-": self._dense}
 
     def allocate(self, device: torch.device) -> None:
-        """Room for all weights; what is in it is undefined until they are loaded."""
+        """Room for all weights; NaN until they arrive, so that none can be forgotten unseen."""
         for param in self.params:
             dtype = torch.float32 if param.keep_fp32 else self.dtype
-            self.weights[param.name] = torch.empty(param.shape, dtype=dtype, device=device)
+            self.weights[param.name] = torch.full(
+                param.shape, torch.nan, dtype=dtype, device=device
+            )
 
     def drop(self) -> None:
         self.weights.clear()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from miles_lite.models.nemotron_h import NemotronH
@@ -19,6 +17,7 @@ from miles_lite.rollout.embedded.model import Model
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.serve import ABORT, STOP, Done, Server
 from miles_lite.types import Request
+from miles_lite.weights.hf import HfCheckpoint
 from miles_lite.weights.plan import Route
 from miles_lite.weights.transport import Inbox
 
@@ -137,18 +136,8 @@ class EngineRank:
 
     def load_hf(self, folder: Path) -> None:
         """Fill all weights from the safetensors of an HF checkpoint."""
-        index = folder / "model.safetensors.index.json"
-        files: dict[str, str] = {}
-        if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
+        checkpoint = HfCheckpoint(folder)
         for hosted in self.hosted():
             target = self.tensor(hosted.param)
             target = target if hosted.index < 0 else target[hosted.index]
-            start = 0
-            for segment in hosted.segments:
-                file = folder / files.get(segment.tensor, "model.safetensors")
-                with safe_open(file, framework="pt") as source:
-                    rows = source.get_slice(segment.tensor)
-                    cut = (slice(None),) * hosted.dim + (slice(segment.start, segment.stop),)
-                    target.narrow(hosted.dim, start, len(segment)).copy_(rows[cut])
-                start += len(segment)
+            target.copy_(checkpoint.read_hosted(hosted))

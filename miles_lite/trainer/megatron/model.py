@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.planner.rules import refuse_lost_expert_gradients
+from miles_lite.planner.rules import refuse_lost_expert_gradients, refuse_what_megatron_changes
 from miles_lite.trainer.megatron.layers import stack_spec
-
-# what megatron's mixer hard-codes as epsilon of its gated norm
-_GATED_NORM_EPS = 1e-5
 
 # names of a mixer's parameters, and of a router's buffer, that stay fp32 in a bf16 model: rounded,
 # they change which experts are chosen and how fast the state decays
@@ -44,7 +41,7 @@ def transformer_config(
     from megatron.core.transformer import TransformerConfig
 
     refuse_lost_expert_gradients(dims, __version__)
-    _refuse_unsupported(model, dims)
+    refuse_what_megatron_changes(model, dims)
     derived = _of_model(model) | _of_layout(dims, dtype)
     chosen = _defaults(torch.cuda.is_available())
     fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
@@ -230,24 +227,6 @@ def _enum_member(field: str, kind: type[Enum], name: str) -> Enum:
     if name not in kind.__members__:
         raise ValueError(f"megatron.{field} = {name!r} is not one of {', '.join(kind.__members__)}")
     return kind[name]
-
-
-def _refuse_unsupported(model: NemotronH, dims: ParallelDims) -> None:
-    """What megatron would compute differently from the checkpoint's own code, or drop."""
-    if model.norm_eps != _GATED_NORM_EPS:
-        raise ValueError(
-            f"norm_eps = {model.norm_eps}: megatron's Mamba mixer knows {_GATED_NORM_EPS} only"
-        )
-    if model.num_experts and (not model.norm_topk_prob or model.top_k == 1):
-        raise ValueError(
-            f"norm_topk_prob = {model.norm_topk_prob} with top_k = {model.top_k}: megatron always "
-            "normalises the chosen experts' weights, and only if there are several"
-        )
-    if model.num_layers % dims.pp:
-        raise ValueError(
-            f"pp = {dims.pp} does not divide the {model.num_layers} layers of the model; "
-            "megatron would drop the last ones"
-        )
 
 
 # ---- the module

@@ -1,0 +1,45 @@
+"""The closing words of a run, from its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from miles_lite.summary import lines, summarize
+
+
+def step(reward: float, drift: float) -> dict[str, float]:
+    return {
+        "rollout/raw_reward": reward,
+        "train/train_rollout_logprob_abs_diff": drift,
+        "train/nonfinite_logprobs": 0.0,
+        "reward/invalid_ratio": 0.1,
+        "perf/step_time": 2.0,
+        "perf/rollout_tokens_per_s": 1000.0,
+        "perf/actor_train_tok_per_s": 3000.0,
+    }
+
+
+def test_first_and_last_rewards_drift_and_evaluation() -> None:
+    rewards = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    steps = {i: step(reward, 1e-7 * (i + 1)) for i, reward in enumerate(rewards)}
+    steps[0]["eval/held_out"] = 0.45
+    steps[0]["eval/held_out-truncated_ratio"] = 0.9
+    steps[0]["eval/held_out/response_len/mean"] = 12.0
+    steps[7] = {"eval/held_out": 0.85}
+    summary = summarize(Path("runs/x"), steps)
+    assert summary["num_steps"] == 7
+    assert summary["reward_first"] == 0.4
+    assert summary["reward_last"] == pytest.approx(0.8)  # of 0.6 ... 1.0
+    assert summary["reward_last_step"] == summary["reward_best"] == 1.0
+    assert summary["drift_max"] == pytest.approx(7e-7)
+    assert (summary["eval_before"], summary["eval_after"]) == (0.45, 0.85)
+    text = "\n".join(lines(summary))
+    assert "0.400 -> 0.800" in text and "0.450 -> 0.850" in text and "runs/x" in text
+
+
+def test_a_run_without_steps_says_so() -> None:
+    summary = summarize(Path("runs/x"), {})
+    assert summary == {"run_folder": "runs/x", "num_steps": 0}
+    assert lines(summary)[0].endswith("0")
