@@ -20,10 +20,10 @@ CURVES = (
 
 
 def main(words: Sequence[str]) -> None:
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports] (optional)
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     out, folders = words[0], [Path(word) for word in words[1:]]
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3))

@@ -113,7 +113,7 @@ def train_with_wrong_backward(world: World, jobs: list[tuple[WorkerSpec, Batch]]
     """As `train`, but the last layer's gradient comes out 5 % too large."""
     from miles_lite.trainer.megatron import logprob
 
-    right = logprob._LinearLogprob.backward
+    right: Any = logprob._LinearLogprob.backward
 
     def wrong(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad_hidden, grad_weight, *rest = right(ctx, *grads)

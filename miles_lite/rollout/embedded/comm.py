@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from miles_lite.parallel import EngineDims
 from miles_lite.rollout.embedded.options import EngineOptions
@@ -99,12 +99,6 @@ class Comms:
     def close(self) -> None:
         for comm in (self.control, self.everyone, self.attn, self.peers):
             comm.backend = None
-
-
-def open_store(host: str, port: int, is_master: bool, timeout_s: float) -> TCPStore:
-    """Where ranks meet. The master may pass port 0 and read the port it got."""
-    timeout = timedelta(seconds=timeout_s)
-    return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Any:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from miles_lite.cluster.rendezvous import TCPStore, open_store
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Bucket, Hosted, Phase
 from miles_lite.rollout.embedded.cache import Cache
-from miles_lite.rollout.embedded.comm import Comms, TCPStore, open_store
+from miles_lite.rollout.embedded.comm import Comms
 from miles_lite.rollout.embedded.model import Model
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.serve import ABORT, STOP, Done, Server

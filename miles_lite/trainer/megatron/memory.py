@@ -7,6 +7,7 @@ buffers, views and hooks stay valid; Megatron's own gradient offload works the s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -24,7 +25,8 @@ class DeviceMemory:
     def __init__(self, ddp: DistributedDataParallel, device: torch.device) -> None:
         self._ddp = ddp
         self._device = device
-        self._weights = _storages([*ddp.module.parameters(), *ddp.module.buffers()])  # pyright: ignore
+        module: torch.nn.Module = ddp.module  # megatron does not type it
+        self._weights = _storages([*module.parameters(), *module.buffers()])
         self._host: list[torch.Tensor] = []  # pinned copies while weights are off the device
         self._has_grads = True
 
@@ -33,7 +35,8 @@ class DeviceMemory:
         self._set_weights(phase is not Phase.generate)
 
     def held_bytes(self) -> dict[str, int]:
-        buffers = [*self._ddp.buffers, *self._ddp.expert_parallel_buffers]
+        ddp: Any = self._ddp  # its `buffers` is a list, unlike that of any other module
+        buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
         return {
             "weights": sum(storage.nbytes() for storage in self._weights),
             "grads": sum(b.grad_data.untyped_storage().nbytes() for b in buffers),

@@ -7,15 +7,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from miles_lite.cluster.rendezvous import TCPStore, open_store
 from miles_lite.parallel import ParallelDims
 from miles_lite.trainer.megatron import cpu_compat
-
-
-def listen(host: str, timeout_s: float) -> dist.TCPStore:
-    """The meeting point of a trainer, opened by rank 0 on a port that is free and stays its own."""
-    return dist.TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-    )
 
 
 def init(
@@ -24,7 +18,7 @@ def init(
     dims: ParallelDims,
     seed: int,
     timeout_s: float,
-    store: dist.TCPStore | None = None,
+    store: TCPStore | None = None,
 ) -> None:
     """Join the trainer's world as `rank` of dims.world_size; returns once all ranks have.
 
@@ -33,19 +27,15 @@ def init(
     those of TP, EP and PP ranks from it.
     """
     cpu_compat.install()
-    timeout = timedelta(seconds=timeout_s)
     if store is None:
         host, port = address.rsplit(":", 1)
-        master = rank == 0
-        store = dist.TCPStore(
-            host, int(port), is_master=master, wait_for_workers=False, timeout=timeout
-        )
+        store = open_store(host, int(port), rank == 0, timeout_s)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=store,
         rank=rank,
         world_size=dims.world_size,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_s),
     )
     init_groups(dims, seed, timeout_s)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from miles_lite import log
+from miles_lite.cluster.rendezvous import open_store
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Bucket, Hosted, Phase
 from miles_lite.trainer.megatron import setup
@@ -45,7 +46,7 @@ class MegatronWorker:
 
     def listen(self, host: str) -> str:
         """On rank 0: open the place where all ranks meet. Returns its address."""
-        self._store = setup.listen(host, self._spec.train.timeout_s)
+        self._store = open_store(host, 0, True, self._spec.train.timeout_s)
         return f"{host}:{self._store.port}"
 
     def setup(self, address: str) -> None:
