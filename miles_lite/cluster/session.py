@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import ray
@@ -23,6 +24,11 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
     A local Ray is sized for the run: on a CPU every rank gets a pretended device, however few cores
     there are.
     """
+    if " " in sys.executable:
+        raise ValueError(
+            f"Ray cannot start processes with {sys.executable!r}: there is a space in the path; "
+            "move the project or its environment to a path without one"
+        )
     resource = "GPU" if device == "cuda" else CPU_DEVICE
     local = cluster.address == "local"
     ray.init(
