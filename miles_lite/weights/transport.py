@@ -1,23 +1,19 @@
 """Moving buckets of weights between processes of one host, through shared memory.
 
-A trainer rank packs slices into a file of /dev/shm, the engine rank copies them out into its live
-parameters. Two files per sender bound the memory; a file is used again once its reader is done.
+A trainer rank packs slices into shared memory, the engine rank copies them out into its live
+parameters. Two slots per sender bound the memory; a slot is used again once its reader is done.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from miles_lite.protocols import Bucket
 from miles_lite.weights.checksum import checksum
 from miles_lite.weights.plan import Copy, Place, Route, aligned
-
-_SHM = Path("/dev/shm")
 
 
 class WeightSyncError(RuntimeError):
@@ -38,27 +34,26 @@ def bucket_bytes(copies: Sequence[Copy]) -> int:
 
 
 class Slots:
-    """A sender's two shared-memory files."""
+    """A sender's two pieces of shared memory, reached by `paths` from other processes of the host.
 
-    def __init__(self, slot_bytes: int, owner: str) -> None:
-        free = shutil.disk_usage(_SHM).free
-        if 2 * slot_bytes > free:
-            raise ValueError(
-                f"sync buckets of {slot_bytes} bytes (sync.bucket_bytes) need twice that of {_SHM} "
-                f"per trainer rank but {free} bytes are free: choose smaller buckets or enlarge "
-                f"{_SHM} (docker run --shm-size)"
-            )
-        self._folder = Path(tempfile.mkdtemp(prefix=f"miles-lite-{owner}-", dir=_SHM))
-        self.paths = [self._folder / "0", self._folder / "1"]
+    They are anonymous files: they need no room in /dev/shm, and are gone with the last process that
+    maps them, however it ended.
+    """
+
+    def __init__(self, slot_bytes: int) -> None:
+        self._files = [os.memfd_create("miles-lite-sync") for _ in range(2)]
+        for file in self._files:
+            os.ftruncate(file, slot_bytes)
+        self.paths = [f"/proc/{os.getpid()}/fd/{file}" for file in self._files]
         self.slots = [_map(path, slot_bytes) for path in self.paths]
 
     def close(self) -> None:
-        """Remove the files; memory goes when the last reader unmaps it."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for file in self._files:
+            os.close(file)
 
 
-def _map(path: Path, num_bytes: int) -> torch.Tensor:
-    return torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
+def _map(path: str, num_bytes: int) -> torch.Tensor:
+    return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 def pack(
@@ -119,7 +114,7 @@ class Inbox:
             )
         path, slot_bytes = bucket.handle
         if path not in self._maps:
-            self._maps[path] = _map(Path(path), slot_bytes)
+            self._maps[path] = _map(path, slot_bytes)
         slot, offset = self._maps[path], 0
         for copy in self._routes[source].buckets[number]:
             rows = view(self._tensors, copy.target, copy.stop - copy.start)

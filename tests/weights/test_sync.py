@@ -85,13 +85,13 @@ class Cluster:
             which = number % 2
             slot = slots.slots[which]
             used = pack(self.sources[route.source].__getitem__, copies, torch.float32, slot)
-            bucket = Bucket((str(slots.paths[which]), slot.numel()), used)
+            bucket = Bucket((slots.paths[which], slot.numel()), used)
             self.inboxes[route.target].load(route.source, number, bucket)
 
     def sync(self) -> None:
         size = max(bucket_bytes(b) for route in self.routes for b in route.buckets)
         assert size <= BUCKET
-        slots = Slots(size, "test")
+        slots = Slots(size)
         try:
             for route in self.routes:
                 self.send(route, slots)
@@ -147,7 +147,7 @@ def test_a_wrong_byte_is_named() -> None:
 
 def test_a_lost_bucket_is_named() -> None:
     cluster = Cluster(TRAINERS[1], ENGINES[1])
-    slots = Slots(BUCKET, "test")
+    slots = Slots(BUCKET)
     try:
         for route in cluster.routes:
             cluster.send(route, slots, drop_last=route is cluster.routes[0])
@@ -159,7 +159,7 @@ def test_a_lost_bucket_is_named() -> None:
 
 def test_a_doubled_bucket_is_refused() -> None:
     cluster = Cluster(TRAINERS[1], ENGINES[1])
-    slots = Slots(BUCKET, "test")
+    slots = Slots(BUCKET)
     try:
         cluster.send(cluster.routes[0], slots)
         with pytest.raises(WeightSyncError, match="bucket 0 .* came"):
@@ -203,3 +203,20 @@ def test_checksum_is_the_same_in_another_process() -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert int(out.stdout) == checksum(torch.arange(5000, dtype=torch.float32))
+
+
+def test_another_process_sees_the_slots_and_nothing_stays() -> None:
+    """The reader maps what the writer wrote; no file is left where files stay."""
+    before = set(os.listdir("/dev/shm"))
+    slots = Slots(64)
+    slots.slots[1].copy_(torch.arange(64, dtype=torch.uint8))
+    code = (
+        "import torch, sys; "
+        "print(torch.from_file(sys.argv[1], shared=True, size=64, dtype=torch.uint8).tolist())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, slots.paths[1]], capture_output=True, text=True
+    )
+    assert out.stdout.strip() == str(list(range(64))), out.stderr
+    slots.close()
+    assert set(os.listdir("/dev/shm")) <= before

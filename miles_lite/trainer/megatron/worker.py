@@ -130,7 +130,9 @@ class MegatronWorker:
         self._receivers = receivers
         buckets = [bucket for route in routes for bucket in route.buckets]
         slot_bytes = max((bucket_bytes(bucket) for bucket in buckets), default=0)
-        self._slots = Slots(slot_bytes, f"rank{self._rank}") if slot_bytes else None
+        if self._slots is not None:
+            self._slots.close()
+        self._slots = Slots(slot_bytes) if slot_bytes else None
 
     def send_weights(self) -> SyncReport:
         """Send this rank's part of the weights, bucket by bucket; returns when all have been read.
@@ -153,7 +155,7 @@ class MegatronWorker:
                 pending[which].result(deadline)
             slot = self._slots.slots[which]
             num_bytes = pack(self._weights.__getitem__, copies, self._dtype, slot)
-            bucket = Bucket((str(self._slots.paths[which]), slot.numel()), num_bytes)
+            bucket = Bucket((self._slots.paths[which], slot.numel()), num_bytes)
             pending[which] = self._receivers[target].start(
                 "load_bucket", self._rank, number, bucket
             )
@@ -178,7 +180,3 @@ class MegatronWorker:
                 if (tensor, start, start + count) in mine:
                     rows = self._weights[hosted.param].narrow(hosted.dim, offset, count)
                     writer.write(tensor, hosted.dim, start, rows)
-
-    def close(self) -> None:
-        if self._slots is not None:
-            self._slots.close()
