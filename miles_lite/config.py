@@ -51,8 +51,7 @@ class OptimConfig:
     """Adam with decoupled weight decay."""
 
     lr: float = 1e-6
-    warmup_updates: int = 0  # linear from 0
-    decay_updates: int = 0  # linear to 0 over so many updates from the start; 0: constant
+    warmup_updates: int = 0  # linear from 0; constant after
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8

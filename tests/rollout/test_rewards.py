@@ -375,7 +375,7 @@ def test_hostile_answers_through_workers(tmp_path: Path) -> None:
     async def grades(workers: RewardWorkers) -> list[Verdict]:
         return await asyncio.gather(*(workers.grade(response, "x+1") for response in responses))
 
-    limits = RewardLimits(timeout_s=15)
+    limits = RewardLimits(timeout_s=60)  # sympy is imported meanwhile
     with RewardWorkers(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2, limits) as workers:
         verdicts = asyncio.run(grades(workers))
     refused, wrong = Verdict(0.0, "error: TooLarge"), Verdict(0.0, "")

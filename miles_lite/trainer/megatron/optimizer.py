@@ -81,11 +81,9 @@ class Optimizer:
         self.inner.reload_model_params()
 
     def learning_rate(self) -> float:
-        """Of the next update: linear warm-up, and linear decay if there is any."""
-        warmup, decay = self._optim.warmup_updates, self._optim.decay_updates
-        up = min(1.0, (self._updates + 1) / warmup) if warmup else 1.0
-        down = max(0.0, 1 - self._updates / decay) if decay else 1.0
-        return self._optim.lr * min(up, down)
+        """Of the next update: linear warm-up, then constant."""
+        warmup = self._optim.warmup_updates
+        return self._optim.lr * min(1.0, (self._updates + 1) / warmup if warmup else 1.0)
 
     def step(self) -> float:
         """Clip and apply the gradients; the global gradient norm before clipping.
