@@ -8,19 +8,22 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from miles_lite.algo.credit import CreditSettings
+from miles_lite.algo.packing import PackSettings
 from miles_lite.cluster import session
 from miles_lite.cluster.actor import spawn
 from miles_lite.cluster.placement import Bundle
 from miles_lite.config import Config, ConfigError
-from miles_lite.data.prompts import PromptSource, load_prompts
+from miles_lite.data.prompts import PromptSource
+from miles_lite.data.source import RenderSettings, Source, open_source
 from miles_lite.data.tokenizer import ChatTokenizer
+from miles_lite.models.flops import train_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
 from miles_lite.rollout.evaluate import EvalSet
-from miles_lite.rollout.manager import RolloutManager, derive_seed
+from miles_lite.rollout.manager import RolloutManager, RolloutSettings, derive_seed
 from miles_lite.rollout.reward_check import Thinking, preflight
 from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
 from miles_lite.trainer.group import TrainerGroup
@@ -41,7 +44,9 @@ class Parts:
     trainer: TrainerGroup
     rollout: RolloutManager
     prompts: PromptSource
-    eval_set: EvalSet | None
+    eval_sets: Sequence[EvalSet]
+    credit: CreditSettings
+    packing: PackSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +55,39 @@ class Inputs:
 
     model: NemotronH
     tokenizer: ChatTokenizer
-    train_prompts: list[Prompt]
-    eval_prompts: list[Prompt]
+    sources: Sequence[Source]  # of training prompts
+    eval_prompts: Mapping[str, Sequence[Prompt]]  # by set
     sampling: Sampling
 
 
 def check(cfg: Config) -> Inputs:
     """Read model config, tokenizer and data, and refuse all that cannot run. Starts nothing that
     lasts. Raises ValueError (ConfigError where a key is to blame)."""
+    inputs = read(cfg)
+    _check_reward(cfg, inputs)
+    for warning in rules.warnings(cfg):
+        log.warning(warning)
+    return inputs
+
+
+def read(cfg: Config) -> Inputs:
+    """The same, without asking the reward whether it can be won."""
     model = NemotronH.from_folder(cfg.model.path)
     rules.check(cfg, model)
     if cfg.train.megatron:
         _check_megatron_fields(cfg, model)
-    tokenizer = ChatTokenizer.load(cfg.model.path)
-    train_prompts = _load(cfg, cfg.data.train, tokenizer)
-    eval_prompts = _load(cfg, cfg.data.eval, tokenizer) if cfg.data.eval else []
     if not model.eos_token_ids:
         raise ConfigError(f"{cfg.model.path}: no eos_token_id, so answers would never stop")
-    _check_reward(cfg, train_prompts[0])
+    tokenizer = ChatTokenizer.load(cfg.model.path)
+    render = RenderSettings(
+        tokenizer=tokenizer,
+        template_kwargs=cfg.data.template_kwargs,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        max_too_long_ratio=cfg.data.max_too_long_ratio,
+        rewards=tuple(cfg.reward.functions),
+    )
+    if not cfg.data.train:
+        raise ConfigError("data.train is empty: there is nothing to learn from")
     sampling = Sampling(
         seed=cfg.seed,
         max_new_tokens=cfg.rollout.max_response_tokens,
@@ -76,7 +96,11 @@ def check(cfg: Config) -> Inputs:
         top_k=cfg.rollout.top_k,
         stop_token_ids=model.eos_token_ids,
     )
-    return Inputs(model, tokenizer, train_prompts, eval_prompts, sampling)
+    sources = [open_source(name, source, render) for name, source in cfg.data.train.items()]
+    held_out = {
+        name: open_source(name, source, render).all() for name, source in cfg.data.eval.items()
+    }
+    return Inputs(model, tokenizer, sources, held_out, sampling)
 
 
 @contextlib.contextmanager
@@ -95,17 +119,41 @@ def start(cfg: Config, inputs: Inputs) -> Iterator[Parts]:
             stack.callback(engine.close)
             host = bundles[index * cfg.rollout.engine.tp].host
             engine.connect(host, cfg.cluster.start_timeout_s)
-        rewards = stack.enter_context(_reward_workers(cfg, cfg.reward.workers))
-        rollout = RolloutManager(
-            engines,
-            rewards,
-            inputs.tokenizer,
-            inputs.sampling,
-            cfg.rollout.samples_per_prompt,
-            cfg.rollout.timeout_s,
+        rewards = stack.enter_context(reward_workers(cfg, cfg.reward.workers))
+        rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs.sampling))
+        weights = [source.weight for source in cfg.data.train.values()]
+        yield Parts(
+            trainer=trainer,
+            rollout=rollout,
+            prompts=PromptSource(inputs.sources, weights, derive_seed(cfg.seed, "prompts")),
+            eval_sets=_eval_sets(cfg, inputs),
+            credit=CreditSettings.of(cfg),
+            packing=_packing(cfg, inputs.model),
         )
-        prompts = PromptSource(inputs.train_prompts, derive_seed(cfg.seed, "prompts"))
-        yield Parts(trainer, rollout, prompts, _eval_set(cfg, inputs))
+
+
+def _rollout(cfg: Config, sampling: Sampling) -> RolloutSettings:
+    return RolloutSettings(
+        sampling=sampling,
+        num_prompts=cfg.rollout.num_prompts,
+        samples_per_prompt=cfg.rollout.samples_per_prompt,
+        dynamic_sampling=cfg.rollout.dynamic_sampling,
+        over_sampling=cfg.rollout.over_sampling,
+        resample=cfg.reward.invalid == "resample",
+        timeout_s=cfg.rollout.timeout_s,
+    )
+
+
+def _packing(cfg: Config, model: NemotronH) -> PackSettings:
+    return PackSettings(
+        dp=cfg.parallel.dp,
+        global_batch=cfg.train.global_batch,
+        max_tokens=cfg.train.max_tokens_per_micro_batch,
+        aggregation=cfg.algo.aggregation,
+        aggregation_constant=cfg.algo.aggregation_constant or cfg.rollout.max_response_tokens,
+        train_zero_advantage=cfg.algo.train_zero_advantage,
+        cost=lambda num_tokens: train_flops(model, num_tokens),
+    )
 
 
 # ------------------------------------------------------------------ processes
@@ -206,25 +254,15 @@ def _device(cfg: Config) -> str:
 # ------------------------------------------------------------------ data and rewards
 
 
-def _load(cfg: Config, path: str, tokenizer: ChatTokenizer) -> list[Prompt]:
-    return load_prompts(
-        path,
-        tokenizer,
-        prompt_key=cfg.data.prompt_key,
-        label_key=cfg.data.label_key,
-        template_kwargs=cfg.data.template_kwargs,
-        max_prompt_len=cfg.data.max_prompt_tokens,
-    )
-
-
-def _reward_workers(cfg: Config, num_workers: int) -> RewardWorkers:
+def reward_workers(cfg: Config, num_workers: int) -> RewardWorkers:
     reward = cfg.reward
     limits = RewardLimits(
         timeout_s=reward.timeout_s,
         memory_bytes=reward.memory_mb << 20,
         response_len=reward.max_chars,
+        cache_len=reward.cache_len,
     )
-    return RewardWorkers(reward.file, reward.function, num_workers, limits)
+    return RewardWorkers(reward.functions, num_workers, limits)
 
 
 def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
@@ -237,26 +275,32 @@ def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
     transformer_config(model, cfg.parallel.dims, DTYPES[cfg.model.dtype], cfg.train.megatron)
 
 
-def _check_reward(cfg: Config, prompt: Prompt) -> None:
+def _check_reward(cfg: Config, inputs: Inputs) -> None:
     """Refuse a reward that a right answer in the model's own format can never win."""
-    with _reward_workers(cfg, num_workers=1) as workers:
-        check = preflight(
-            lambda response, label: asyncio.run(workers.grade(response, label)),
-            prompt.text,
-            prompt.label,
-            name=cfg.reward.function,
-        )
+    prompts = [source.sample(1)[0] for source in inputs.sources]
+    prompts += [prompts[0] for prompts in inputs.eval_prompts.values()]
+    with reward_workers(cfg, num_workers=1) as workers:
+        for prompt in prompts:
+            if not workers.scores_groups(prompt.reward):
+                _check_one_reward(cfg.reward.functions[prompt.reward].function, prompt, workers)
+
+
+def _check_one_reward(name: str, prompt: Prompt, workers: RewardWorkers) -> None:
+    check = preflight(
+        lambda response, label: asyncio.run(workers.grade(replace(prompt, label=label), response)),
+        prompt.text,
+        prompt.label,
+        name=name,
+    )
     if check.needs_thinking and check.thinking is Thinking.unsaid:
         log.warning(
             "reward %s wants </think> before the answer, but the chat template opens no think "
             "block: it stays 0 unless the model writes the markers on its own",
-            cfg.reward.function,
+            name,
         )
 
 
-def _eval_set(cfg: Config, inputs: Inputs) -> EvalSet | None:
-    if not inputs.eval_prompts:
-        return None
+def _eval_sets(cfg: Config, inputs: Inputs) -> list[EvalSet]:
     sampling = replace(
         inputs.sampling,
         temperature=cfg.eval.temperature,
@@ -264,5 +308,7 @@ def _eval_set(cfg: Config, inputs: Inputs) -> EvalSet | None:
         top_k=0,
         max_new_tokens=cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens,
     )
-    name = Path(cfg.data.eval.split("@")[0]).stem
-    return EvalSet(name, inputs.eval_prompts, sampling, cfg.eval.samples_per_prompt)
+    return [
+        EvalSet(name, prompts, sampling, cfg.eval.samples_per_prompt)
+        for name, prompts in inputs.eval_prompts.items()
+    ]

@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from miles_lite import log
+from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
 
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
 miles-lite check experiment=NAME [key=value ...]   read and check all it reads, start nothing
+miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
+                                                   hostile answers in the model's own format
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
@@ -23,7 +26,11 @@ def main() -> None:
 
 
 def run(words: Sequence[str]) -> int:
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "check": _check}
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "check": _check,
+        "reward-audit": _reward_audit,
+    }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if words else 2
@@ -33,7 +40,7 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, RunError) as error:
+    except (ValueError, RunError, NoSignalError) as error:
         print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
@@ -44,20 +51,39 @@ def run(words: Sequence[str]) -> int:
 
 def _check(overrides: Sequence[str]) -> None:
     from miles_lite import build
-    from miles_lite.config import compose
+    from miles_lite.compose import compose
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
     print(
         f"{cfg.experiment}: {inputs.model.num_layers} layers {inputs.model.pattern}, "
-        f"{len(inputs.train_prompts)} training and {len(inputs.eval_prompts)} evaluation prompts, "
+        f"{sum(map(len, inputs.sources))} training and "
+        f"{sum(map(len, inputs.eval_prompts.values()))} evaluation prompts, "
         f"{cfg.parallel.dims.world_size} devices: nothing speaks against it"
     )
 
 
+def _reward_audit(overrides: Sequence[str]) -> None:
+    import asyncio
+
+    from miles_lite import build
+    from miles_lite.compose import compose
+    from miles_lite.rollout.reward_audit import PROMPTS_PER_SOURCE, audit, lines
+
+    cfg = compose(overrides)
+    inputs = build.read(cfg)
+    prompts = [p for source in inputs.sources for p in source.sample(PROMPTS_PER_SOURCE)]
+    prompts += [p for held in inputs.eval_prompts.values() for p in held[:PROMPTS_PER_SOURCE]]
+    with build.reward_workers(cfg, cfg.reward.workers) as workers:
+        report = asyncio.run(audit(prompts, workers))
+    print("\n".join(lines(report)))
+    if report.failures:
+        raise ValueError("; ".join(report.failures))
+
+
 def _train(overrides: Sequence[str]) -> None:
     from miles_lite import build
-    from miles_lite.config import compose
+    from miles_lite.compose import compose
     from miles_lite.console import Console
     from miles_lite.run import Run, read_metrics
     from miles_lite.summary import lines, summarize
@@ -70,7 +96,7 @@ def _train(overrides: Sequence[str]) -> None:
             Console(cfg.experiment, cfg.train.num_steps, start=run.start) as console,
             build.start(cfg, inputs) as parts,
         ):
-            train(cfg, run, parts.trainer, parts.rollout, parts.prompts, parts.eval_set, console)
+            train(cfg, run, parts, console)
         summary = summarize(run.folder, read_metrics(run.folder))
         run.finish(summary)
     console.summary(lines(summary))

@@ -1,4 +1,4 @@
-"""Every knob, as frozen dataclasses with checks. hydra composes YAML, `Config` comes out once.
+"""Every knob, as frozen dataclasses with checks; `compose` makes a Config from YAML, once.
 
 A section checks what it alone can know; `planner.rules` checks what needs the model or two
 sections. Derived values are properties. Imports no torch.
@@ -6,16 +6,11 @@ sections. Derived values are properties. Imports no torch.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from miles_lite.parallel import EngineDims, ParallelDims
-
-T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -65,62 +60,128 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AlgoConfig:
-    """GRPO and its loss."""
+class CorrectionConfig:
+    """What is done about engine and trainer giving a token different probabilities.
 
-    normalize_std: bool = True  # divide group-relative rewards by the group's deviation (ddof 1)
-    aggregation: Literal["sample", "token"] = "sample"  # what weighs the same: a sample or a token
+    The ratio is trainer / engine before the first update, of a token, of a whole sequence (the
+    product over its tokens) or their geometric mean. TIS: weight=token; icepop: outside=mask.
+    """
+
+    weight: Literal["none", "token", "sequence", "geometric"] = "none"  # multiplies the loss
+    low: float = 0.0  # the weight's range
+    high: float = 2.0
+    outside: Literal["clip", "mask"] = "clip"  # beyond it: keep the bound, or no loss at all
+    reject: Literal["none", "token", "sequence", "geometric"] = "none"  # only masks, by its range
+    reject_low: float = 0.5
+    reject_high: float = 2.0
+    veto: float = 0.0  # a sequence holding a token of a lower ratio has no loss; 0 turns it off
+
+    def __post_init__(self) -> None:
+        for low, high in (("low", "high"), ("reject_low", "reject_high")):
+            if not 0 <= getattr(self, low) <= 1 <= getattr(self, high):
+                raise ConfigError(
+                    f"{low} = {getattr(self, low)} and {high} = {getattr(self, high)}: wanted "
+                    f"0 <= {low} <= 1 <= {high}, equal policies have ratio 1"
+                )
+        if not 0 <= self.veto < 1:
+            raise ConfigError(
+                f"veto = {self.veto}: wanted 0 for off, or a small ratio such as 1e-4"
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.weight != "none" or self.reject != "none" or self.veto > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlgoConfig:
+    """From rewards to the loss. configs/algo has the published settings, docs/algorithms.md the
+    formulas."""
+
+    advantage_estimator: Literal[
+        "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+    ] = "grpo"
+    normalize_std: bool = True  # grpo: divide by the deviation of the group's rewards (ddof 1)
+    whiten: bool = False  # advantages of all trained tokens of a step to mean 0 and variance 1
+    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"  # whose the ratio starts from
+    aggregation: Literal["sample", "token", "constant"] = "sample"  # what weighs the same
+    aggregation_constant: float = 0.0  # divisor of a sample's sum; 0: rollout.max_response_tokens
     eps_clip: float = 0.2
     eps_clip_high: float = 0.28
     eps_clip_c: float = 0.0  # dual clip for negative advantages, > 1; 0 turns it off
-    kl_loss_coef: float = 0.0  # 0: no frozen reference is kept
-    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
-    entropy_coef: float = 0.0
+    opsm_delta: float = 0.0  # mask samples of A < 0 that moved more than this, in nats; 0: off
+    kl_coef: float = 0.0  # KL to the reference taken from the reward
+    kl_loss_coef: float = 0.0  # or added to the loss; with both 0 no reference is kept
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"  # of either KL
+    use_unbiased_kl: bool = False  # the KL in the loss times current / old probability
+    ref_update_interval: int = 0  # steps after which the reference becomes the policy; 0: never
+    entropy_coef: float = 0.0  # bonus; with 0 the entropy is only observed
+    overlong_buffer: int = 0  # DAPO: the last so many tokens of an answer cost up to ...
+    overlong_penalty: float = 1.0  # ... this much reward
+    overlong_filter: bool = False  # answers cut at the length limit carry no loss
+    train_zero_advantage: bool = True  # False spares them both passes; gradients stay the same
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
 
     def __post_init__(self) -> None:
-        if not 0 < self.eps_clip < 1 or self.eps_clip_high < self.eps_clip:
+        below = self.eps_clip < 1 or self.policy_loss == "cispo"  # CISPO may leave it open
+        if not (self.eps_clip > 0 and below) or self.eps_clip_high <= 0:
             raise ConfigError(
                 f"eps_clip = {self.eps_clip} and eps_clip_high = {self.eps_clip_high}: wanted "
-                "0 < eps_clip < 1 and eps_clip <= eps_clip_high"
+                "0 < eps_clip < 1 and eps_clip_high > 0"
             )
         if self.eps_clip_c != 0 and self.eps_clip_c <= 1:
             raise ConfigError(f"eps_clip_c = {self.eps_clip_c}: dual clip wants > 1, or 0 for off")
+        for name in ("opsm_delta", "overlong_buffer", "overlong_penalty", "aggregation_constant"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} is negative")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef != 0 or self.kl_loss_coef != 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     num_steps: int  # rollouts, each trained once
-    global_batch: int  # samples of one optimizer update
-    max_tokens_per_micro_batch: int = 8192  # token budget of one forward pass
-    max_sequence_tokens: int = 16384  # a sequence over the budget runs alone, up to this hard cap
+    global_batch: int = 0  # samples of one optimizer update
+    updates_per_step: int = 0  # num_prompts x samples_per_prompt = global_batch x this
+    max_tokens_per_micro_batch: int = 8192  # of one forward pass; no pass ever has more
     logprob_chunk_tokens: int = 1024  # fp32 logits exist for this many tokens at a time
     timeout_s: float = 1800.0  # of one collective or one phase
     megatron: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
     def __post_init__(self) -> None:
-        _positive(
-            self,
-            "num_steps",
-            "global_batch",
-            "max_tokens_per_micro_batch",
-            "max_sequence_tokens",
-            "logprob_chunk_tokens",
-        )
-        if self.max_sequence_tokens < self.max_tokens_per_micro_batch:
-            raise ConfigError(
-                f"max_sequence_tokens = {self.max_sequence_tokens} is below "
-                f"max_tokens_per_micro_batch = {self.max_tokens_per_micro_batch}"
-            )
+        _positive(self, "num_steps", "max_tokens_per_micro_batch", "logprob_chunk_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One data set: a .jsonl or .parquet file, a folder saved by `datasets`, or one of the hub."""
+
+    path: str  # optionally with rows, path[0:100]; of the hub: hf:owner/name, ?name=...&split=...
+    weight: float = 1.0  # share among the sources of a mixture
+    prompt_key: str = "prompt"  # chat messages or text; a dot reaches into an object
+    prompt_template: str = ""  # text around a prompt that is text, with {prompt} for it
+    label_key: str = "label"  # string or number
+    label_pattern: str = ""  # regular expression; its group 1 is the label, as in "#### (.+)"
+    reward: str = ""  # a name in reward.others; a row's metadata may choose another
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"weight = {self.weight}: wanted more than 0")
+        if self.prompt_template and "{prompt}" not in self.prompt_template:
+            raise ConfigError(f"prompt_template = {self.prompt_template!r} has no {{prompt}}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    train: str  # jsonl or parquet file, optionally with rows: path@[0:100]
-    eval: str = ""  # held-out prompts; "" for none
-    prompt_key: str = "prompt"  # chat messages or text
-    label_key: str = "label"
+    # by name; a path alone stands for a source of defaults, named after the file
+    train: dict[str, SourceConfig]
+    eval: dict[str, SourceConfig] = field(default_factory=dict)  # held-out sets
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. enable_thinking: true
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = 1024  # longer prompts are left out and counted
+    max_too_long_ratio: float = 0.1  # more of them than this is an error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,17 +212,21 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
-    num_prompts: int  # a step
-    samples_per_prompt: int
+    # num_prompts x samples_per_prompt = train.global_batch x train.updates_per_step: of these four
+    # one may stay 0 and is derived
+    num_prompts: int = 0  # a step
+    samples_per_prompt: int = 0
     max_response_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    dynamic_sampling: bool = False  # DAPO: replace groups whose rewards are all equal
+    over_sampling: int = 0  # prompts asked at once for that, >= num_prompts; 0: num_prompts
     timeout_s: float = 1800.0  # of the whole generate phase
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _positive(self, "num_prompts", "samples_per_prompt", "max_response_tokens")
+        _positive(self, "max_response_tokens")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"top_p = {self.top_p}, top_k = {self.top_k}: wanted 0 < top_p <= 1 and top_k >= 0"
@@ -177,13 +242,31 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RewardFunction:
+    file: Path  # Python file that has it
+    function: str  # (response: str, label: str) -> float; see protocols.RewardFn
+    options: dict[str, Any] = field(default_factory=dict)  # further keyword arguments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    file: Path  # Python file with the reward function
-    function: str  # (response: str, label: str) -> float
+    file: Path  # the run's own reward: file, function, options as in RewardFunction
+    function: str
+    options: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, RewardFunction] = field(default_factory=dict)  # for rows that name them
     workers: int = 2
     timeout_s: float = 10.0  # of one grade; then the worker is killed and the answer invalid
     memory_mb: int = 2048  # of one worker
     max_chars: int = 200_000  # longer answers are invalid, not graded
+    cache_len: int = 65_536  # verdicts remembered; 0 for a reward that may change its mind
+    invalid: Literal["wrong", "drop", "resample"] = "drop"  # what becomes of such an answer
+    max_dead_steps: int = 5  # steps in a row without any advantage, then the run stops; 0: never
+
+    @property
+    def functions(self) -> dict[str, RewardFunction]:
+        """By the name that prompts use; "" is the run's own."""
+        own = RewardFunction(file=self.file, function=self.function, options=self.options)
+        return {"": own, **self.others}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,152 +316,35 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-
-# ------------------------------------------------------------------ YAML -> Config
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+    def __post_init__(self) -> None:
+        _derive_batch(self)
 
 
-def compose(overrides: Sequence[str]) -> Config:
-    """The configuration of `experiment=NAME [key=value ...]`. Raises ConfigError."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    names = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    chosen = [o.split("=", 1)[1] for o in overrides if o.startswith("experiment=")]
-    if len(chosen) != 1 or chosen[0] not in names:
-        raise ConfigError(
-            f"say which experiment: experiment=NAME, with NAME one of {', '.join(names)}"
-            + (f"; not {chosen[0]!r}{_nearest(chosen[0], names)}" if chosen else "")
-        )
-    overrides = [_checked_override(override) for override in overrides]
-    ConfigStore.instance().store(name="knobs", node=_defaults(Config))
-    # in YAML, ${project:}/... names a file of this project wherever the user stands
-    OmegaConf.register_new_resolver("project", lambda: str(CONFIGS.parent), replace=True)
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra_compose("train", overrides)
-        raw = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip()) from None
-    assert isinstance(raw, dict)
-    named = {str(key): value for key, value in raw.items()}
-    return build(Config, named | {"experiment": chosen[0]}, "")
-
-
-def build(cls: type[T], raw: Mapping[str, Any], path: str) -> T:
-    """A frozen dataclass from plain values; unknown, missing or ill-typed keys are ConfigErrors."""
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-    for key in raw:
-        if key not in known:
-            raise ConfigError(f"unknown key {path}{key}{_nearest(key, list(known))}")
-    values = {}
-    for name, entry in known.items():
-        value = raw.get(name, "???")
-        if isinstance(value, str) and value == "???":
-            if entry.default is MISSING and entry.default_factory is MISSING:
-                raise ConfigError(f"{path}{name} has no value: set {path}{name}=...")
-            continue
-        values[name] = _convert(value, hints[name], path + name)
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{path.rstrip('.') or 'config'}: {error}") from None
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as type `hint`, or a ConfigError naming the key."""
-    if is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} = {value!r} is not a section of keys")
-        return build(hint, value, path + ".")  # pyright: ignore[reportArgumentType]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            near = _nearest(str(value), [str(a) for a in args])
-            raise ConfigError(f"{path} = {value!r} is not one of {', '.join(map(str, args))}{near}")
-        return value
-    if origin in (Union, UnionType):
-        return None if value is None else _convert(value, args[0], path)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} = {value!r} is not a mapping")
-        return dict(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{path} = {value!r} is {type(value).__name__}, wanted {hint.__name__}")
-
-
-def _defaults(cls: Any) -> dict[str, Any]:
-    """All knobs of a dataclass with their defaults, "???" where there is none, for hydra."""
-    node: dict[str, Any] = {}
-    hints = get_type_hints(cls)
-    for entry in fields(cls):
-        hint = hints[entry.name]
-        if is_dataclass(hint):
-            node[entry.name] = _defaults(hint)
-        elif entry.default is not MISSING:
-            default = entry.default
-            node[entry.name] = str(default) if isinstance(default, Path) else default
-        elif entry.default_factory is not MISSING:
-            node[entry.name] = entry.default_factory()
-        else:
-            node[entry.name] = "???"
-    return node
-
-
-def _checked_override(override: str) -> str:
-    """Refuse a mistyped key with the nearest name (hydra's own message names none)."""
-    key, equals, _ = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} has no '=': write key=value")
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    if key in groups:
-        return override
-    cls: Any = Config
-    parts = key.lstrip("+~").split(".")
-    for depth, part in enumerate(parts):
-        names = [f.name for f in fields(cls)]
-        if part not in names:
-            where = ".".join([*parts[:depth], ""])
-            raise ConfigError(f"unknown key {key}{_nearest_key(part, where, names)}")
-        hint = get_type_hints(cls)[part]
-        if get_origin(hint) is dict:
-            return "++" + override.lstrip("+")  # an open map: its keys are new by nature
-        if not is_dataclass(hint):
-            break
-        cls = hint
-    return override
-
-
-def _nearest_key(part: str, where: str, names: Sequence[str]) -> str:
-    """A name of the same section, else the full name of a key spelt alike anywhere."""
-    if near := difflib.get_close_matches(part, names, n=1, cutoff=0.5):
-        return f"; did you mean {where}{near[0]}?"
-    known = {key.rsplit(".", 1)[-1]: key for key in _all_keys(Config)}
-    near = difflib.get_close_matches(part, known, n=1, cutoff=0.6)
-    return f"; did you mean {known[near[0]]}?" if near else ""
-
-
-def _all_keys(cls: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in get_type_hints(cls).items():
-        keys += _all_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]
-    return keys
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+def _derive_batch(cfg: Config) -> None:
+    """Fill in the one of four sizes that is 0. What does not divide is an error."""
+    names = {
+        "rollout.num_prompts": cfg.rollout.num_prompts,
+        "rollout.samples_per_prompt": cfg.rollout.samples_per_prompt,
+        "train.global_batch": cfg.train.global_batch,
+        "train.updates_per_step": cfg.train.updates_per_step,
+    }
+    told = ", ".join(f"{name} = {value}" for name, value in names.items())
+    law = "num_prompts x samples_per_prompt = global_batch x updates_per_step"
+    missing = [name for name, value in names.items() if value == 0]
+    if min(names.values()) < 0 or len(missing) > 1:
+        raise ConfigError(f"{told}: {law}, so at most one of them may stay 0, to be derived")
+    prompts, samples, batch, updates = names.values()
+    if missing:
+        of_train = missing[0].startswith("train")
+        whole = prompts * samples if of_train else batch * updates
+        known = max(batch, updates) if of_train else max(prompts, samples)
+        if whole % known:
+            raise ConfigError(f"{told}: {law} leaves no whole number for {missing[0]}")
+        section, name = missing[0].split(".")
+        derived = replace(getattr(cfg, section), **{name: whole // known})
+        object.__setattr__(cfg, section, derived)  # before anyone has seen the object
+    elif prompts * samples != batch * updates:
+        raise ConfigError(f"{told}: {law} does not hold; leave one of them out to have it derived")
 
 
 def _positive(section: Any, *names: str) -> None:

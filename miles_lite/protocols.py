@@ -115,14 +115,32 @@ class WeightReceiver(Protocol):
         ...
 
 
+class PromptStream(Protocol):
+    """Prompts in the order they are to be trained on, without end."""
+
+    def take(self, n: int) -> list[Prompt]: ...
+
+    def put_back(self, n: int) -> None:
+        """The last `n` prompts taken come next again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """What a rollout brings: groups in the order their prompts were dealt."""
+
+    groups: Sequence[Group]
+    metrics: Metrics
+
+
 class Rollout(Resident, Protocol):
     """Many engines, one policy, and the rewards of what it says."""
 
     version: int
     engines: Sequence[Engine]
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        """samples_per_prompt scored completions of each prompt, all of version `version`."""
+    def generate(self, prompts: PromptStream) -> RolloutResult:
+        """A step's scored groups, all of version `version`; takes as many prompts as it needs."""
         ...
 
 
@@ -131,7 +149,8 @@ class StepResult:
     """What training on one batch tells."""
 
     metrics: Metrics
-    logprobs: Sequence[Sequence[float]]  # [sample][token] of the trainer before the first update
+    # sample -> [token] of the trainer before the first update; samples not trained on are missing
+    logprobs: Mapping[int, Sequence[float]]
 
 
 class Trainer(Resident, Protocol):
@@ -146,6 +165,10 @@ class Trainer(Resident, Protocol):
         """Old log-probs, drift, and every update of `batch`. Weights change only here."""
         ...
 
+    def refresh_reference(self) -> None:
+        """From now on the KL is to the policy as it is."""
+        ...
+
     def send_weights(self, rollout: Rollout, version: int) -> Metrics:
         """Bring every engine rank to `version`; returns only when both sides' checksums agree."""
         ...
@@ -156,6 +179,11 @@ class Trainer(Resident, Protocol):
 
 
 class RewardFn(Protocol):
-    """Score one answer. Runs in a killable process; may raise: that answer is then invalid."""
+    """Score one answer. Runs in a killable process; may raise: that answer is then invalid.
+
+    A parameter called `prompt` gets the rendered prompt, one called `metadata` what the data row
+    says; reward.options come as further keywords. A function whose first parameter is called
+    `responses` scores a whole group at once: (list[str], label) -> list of results.
+    """
 
     def __call__(self, response: str, label: str) -> float | Verdict: ...

@@ -52,7 +52,7 @@ class SampleRecord:
     """One line of a samples file."""
 
     step: int
-    prompt_uid: int  # row number in the data file
+    prompt_uid: str  # source and row number in its file
     prompt: str  # rendered chat template
     label: str
     response: str  # special tokens kept
@@ -106,12 +106,18 @@ class Run:
         self.log(step, metrics)
 
     def save_samples(
-        self, step: int, groups: Sequence[Group], trainer_logprobs: Sequence[Sequence[float]]
+        self,
+        step: int,
+        groups: Sequence[Group],
+        trainer_logprobs: Mapping[int, Sequence[float]],
     ) -> None:
-        """Every sample of a step. trainer_logprobs: [sample in rollout order][token]."""
+        """Every sample of a step. trainer_logprobs: [sample in rollout order] -> [token], of those
+        that were trained on."""
         samples = [sample for group in groups for sample in group.samples]
-        assert len(samples) == len(trainer_logprobs), (len(samples), len(trainer_logprobs))
-        records = map(_record, itertools.repeat(step), samples, trainer_logprobs)
+        records = (
+            _record(step, sample, trainer_logprobs.get(index, ()))
+            for index, sample in enumerate(samples)
+        )
         _write_samples(self.folder / "samples" / _file_name(step), records)
 
     def save_eval(self, step: int, name: str, groups: Sequence[Group]) -> None:

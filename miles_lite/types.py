@@ -6,9 +6,10 @@ Group -credit-> TrainSequence -pack-> Batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Finish(Enum):
@@ -21,10 +22,12 @@ class Finish(Enum):
 class Prompt:
     """One row of the data set, rendered and tokenised."""
 
-    uid: int  # row number in the data file
+    uid: str  # source and row number, "gsm8k:17": unique in a run
     tokens: tuple[int, ...]  # [T] of the rendered chat template, generation prompt included
     text: str  # what was tokenised
     label: str  # the right answer, as the reward function wants it
+    reward: str  # which reward scores it: a name in reward.others, or "" for the run's own
+    metadata: Mapping[str, Any]  # of the data row, for reward functions that ask for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,11 @@ class TrainSequence:
     tokens: tuple[int, ...]  # [T] prompt and response
     prompt_len: int
     logprobs: tuple[float, ...]  # [T - prompt_len] of the engine
-    advantage: float  # of every response token
     sample: int  # index in rollout order: the key under which per-sample results come back
+    group: int  # index of the sample's group in rollout order
+    reward: float  # what the advantage was made of
+    advantage: float  # of the sample, before anything that needs the trainer's log-probs
+    counts: bool  # False: neither in the loss nor in its denominators (no verdict, over-long)
 
     @property
     def response_len(self) -> int:

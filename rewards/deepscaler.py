@@ -15,10 +15,8 @@ def deepscaler(response: str, label: str | int | float) -> float:
     if not isinstance(label, str | int | float):
         raise TypeError(f"label must be str, int or float, not {type(label).__name__}")
     answer = last_boxed(final_part(response))
-    truth = str(label)
-    if "\\boxed" in truth:
-        truth = last_boxed(truth)
-    if answer is None or not truth:
+    truth = last_boxed(str(label)) if "\\boxed" in str(label) else str(label)
+    if answer is None or truth is None or label == "":
         return 0.0
     return float(same_answer(answer, truth))
 

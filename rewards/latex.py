@@ -24,19 +24,24 @@ _REWRITES = (
     ("^\\circ", ""),
     ("\\$", ""),
 )
-_POINTS = (("\\%", ""), ("%", ""), (" .", " 0."), ("{.", "{0."))
+_POINTS = (("\\%", ""), (" .", " 0."), ("{.", "{0."))
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed{...}`; None when there is none or its braces do not close."""
     _, command, rest = text.rpartition("\\boxed")
-    if not command or not rest.startswith("{"):
+    return braced(rest) if command else None
+
+
+def braced(text: str) -> str | None:
+    """Content of the braces that the text starts with; None without, or if they do not close."""
+    if not text.startswith("{"):
         return None
     depth = 0
-    for brace in _BRACE.finditer(rest):
+    for brace in _BRACE.finditer(text):
         depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return rest[1 : brace.start()]
+            return text[1 : brace.start()]
     return None
 
 

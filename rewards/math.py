@@ -17,9 +17,7 @@ def math(response: str, label: str | int | float | None) -> float:
     if not label:
         return 0.0
     answer = last_boxed(response)
-    truth = str(label)
-    if "\\boxed" in truth:
-        truth = last_boxed(truth)
-    if answer is None or not truth:
+    truth = last_boxed(str(label)) if "\\boxed" in str(label) else str(label)
+    if answer is None or truth is None:
         return 0.0
     return float(same_answer(answer, truth))

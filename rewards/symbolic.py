@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import logging
 import re
 from fractions import Fraction
 from typing import Any
@@ -21,15 +22,17 @@ MAX_EXPONENT = 200  # of anything else raised to an integer
 MAX_FACTORIAL = 2000
 MAX_DECIMAL_EXPONENT = 1000  # of a numeral like 1e5
 
-_UNITS = re.compile(
-    r"(?:degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
-    r"(?:es)?s? *(?:\^[0-9]+)?"
+_UNITS = tuple(
+    re.compile(f"{unit}(?:es)?s? *(?:\\^[0-9]+)?")
+    for unit in "degree cm centimeter meter mile second minute hour day week month year foot feet "
+    "inch yard".split()
 )
 _MILLIONS = (("million", "*10^6"), ("billion", "*10^9"), ("trillion", "*10^12"))
 _GLYPHS = str.maketrans({"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*", "×": "*"})
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?:$|[^0-9]))")
 _TUPLE = re.compile(r"[(\[]([^()\[\]]+)[)\]]")
-_FRACTION = re.compile(r"-?[0-9]+\.?/0*[1-9][0-9]*\.?")
+# As published: one character more after either number, so 3x/2 is a fraction as well.
+_FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?\n?")
 # So short that sympy's rounding of decimals cannot hide a difference: see `_as_rational`.
 _SHORT_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,6})(?:\.[0-9]{1,7}|/[1-9][0-9]{0,6})?")
 _STEEP_POWER = re.compile(r"\^[({]|\^[0-9]+\^|\^[0-9][0-9]")
@@ -76,7 +79,9 @@ def normal_form(text: str) -> str:
     text = text.replace(" or ", " , ").replace(" and ", " , ")
     for word, factor in _MILLIONS:
         text = text.replace(word, factor)
-    text = re.sub(r"\^ *\\circ", "", _UNITS.sub("", text))
+    for unit in _UNITS:
+        text = unit.sub("", text)
+    text = re.sub(r"\^ *\\circ", "", text)
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1]
     text = re.sub(r",\\! *", "", text)
@@ -94,6 +99,7 @@ def normal_form(text: str) -> str:
 def _latex_to_text(text: str) -> str:
     from pylatexenc.latex2text import LatexNodes2Text  # slow to import; numbers do without
 
+    logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it warns of each malformed answer
     fractions = text.replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
     try:
         plain = LatexNodes2Text().latex_to_text(fractions.replace("\\frac", " \\frac"))
@@ -154,9 +160,9 @@ def _same_formula(answer: str, truth: str) -> bool:
         return False
     if len(answer) + len(truth) > MAX_FORMULA_LEN:
         raise TooLarge(f"formulas of {len(answer)} and {len(truth)} characters")
-    try:
-        import sympy
+    import sympy  # slow; numbers do without
 
+    try:
         return bool(sympy.simplify(_formula(truth) - _formula(answer)) == 0)
     except (TooLarge, MemoryError):
         raise
@@ -169,7 +175,8 @@ def _formula(text: str) -> Any:
     from sympy.parsing import sympy_parser as parser
 
     rules = (*parser.standard_transformations, parser.implicit_multiplication_application)
-    code = parser.stringify_expr(text.replace("^", "**"), {}, dict(_known_names()), rules)
+    bracketed = f"({text})".replace("^", "**")  # within brackets a line may break
+    code = parser.stringify_expr(bracketed, {}, dict(_known_names()), rules)
     return _build(ast.parse(code.strip(), mode="eval").body)
 
 

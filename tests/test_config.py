@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from miles_lite.config import CONFIGS, Config, ConfigError, LogConfig, build, compose
+from miles_lite.compose import CONFIGS, build, compose
+from miles_lite.config import Config, ConfigError, LogConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 MAX_KNOBS = 120
@@ -122,15 +123,14 @@ def test_an_integer_will_do_for_a_float() -> None:
 @pytest.mark.parametrize(
     ("section", "values", "words"),
     [
-        ("algo", {"eps_clip": 0.3, "eps_clip_high": 0.2}, ["eps_clip", "0.3", "0.2"]),
+        ("algo", {"eps_clip": 1.5}, ["eps_clip = 1.5", "eps_clip_high = 0.28"]),
+        ("algo", {"correction": {"low": 2.0}}, ["low = 2.0", "high = 2.0", "ratio 1"]),
+        ("algo", {"correction": {"veto": 1.0}}, ["veto = 1.0", "0 for off"]),
+        ("data", {"train": {"a": {"path": "x", "weight": 0.0}}}, ["weight = 0.0"]),
+        ("data", {"train": {"a": {"path": "x", "prompt_template": "Q"}}}, ["'Q'", "{prompt}"]),
         ("algo", {"eps_clip_c": 0.5}, ["eps_clip_c", "0.5", "0 for off"]),
         ("rollout", {"temperature": 0.0}, ["temperature", "0.0"]),
         ("rollout", {"engine": {"tp": 4, "dp": 3}}, ["dp = 3", "tp = 4"]),
-        (
-            "train",
-            {"max_sequence_tokens": 10, "max_tokens_per_micro_batch": 20},
-            ["max_sequence_tokens = 10", "max_tokens_per_micro_batch = 20"],
-        ),
         ("parallel", {"ep": 0}, ["parallel", "ep = 0"]),
     ],
 )
@@ -140,6 +140,59 @@ def test_a_wrong_combination_names_both_values(
     message = refusal(changed(section, **values))
     for word in words:
         assert word in message
+
+
+SIZES = ("num_prompts", "samples_per_prompt", "global_batch", "updates_per_step")
+
+
+def with_sizes(prompts: int, samples: int, batch: int, updates: int) -> dict[str, Any]:
+    rollout = {"num_prompts": prompts, "samples_per_prompt": samples, "max_response_tokens": 16}
+    train = {"num_steps": 2, "global_batch": batch, "updates_per_step": updates}
+    return {**MINIMAL, "rollout": rollout, "train": train}
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1, 2, 3])
+def test_any_one_of_the_four_batch_sizes_is_derived(missing: int | None) -> None:
+    sizes = [6, 4, 8, 3]  # prompts x samples = batch x updates
+    given = [0 if i == missing else size for i, size in enumerate(sizes)]
+    cfg = build(Config, with_sizes(*given), "")
+    assert [getattr(cfg.rollout, name) for name in SIZES[:2]] == sizes[:2]
+    assert [getattr(cfg.train, name) for name in SIZES[2:]] == sizes[2:]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((6, 4, 8, 2), ["num_prompts = 6", "updates_per_step = 2", "does not hold"]),
+        ((6, 4, 0, 5), ["no whole number for train.global_batch"]),
+        ((0, 7, 8, 3), ["no whole number for rollout.num_prompts"]),
+        ((6, 0, 0, 3), ["at most one of them may stay 0"]),
+        ((6, -4, 8, 3), ["samples_per_prompt = -4"]),
+    ],
+)
+def test_batch_sizes_that_do_not_fit_are_refused(
+    sizes: tuple[int, int, int, int], words: list[str]
+) -> None:
+    message = refusal(with_sizes(*sizes))
+    for word in words:
+        assert word in message
+
+
+def test_a_path_stands_for_a_source_and_rows_need_no_quotes() -> None:
+    cfg = compose(["experiment=tiny", "data.train=some/my.jsonl[:100]", "data.eval="])
+    assert {name: source.path for name, source in cfg.data.train.items()} == {
+        "my": "some/my.jsonl[:100]"
+    }
+    assert cfg.data.eval == {}
+
+
+def test_rewards_by_name() -> None:
+    cfg = compose(["experiment=tiny", "reward.others.code={file: a.py, function: run}"])
+    assert list(cfg.reward.functions) == ["", "code"]
+    assert cfg.reward.functions["code"].file == Path("a.py")
+    assert "reward.others.code.fil" in refusal(
+        changed("reward", file="f.py", function="f", others={"code": {"fil": "a.py"}})
+    )
 
 
 def test_configuration_is_frozen() -> None:

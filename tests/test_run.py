@@ -19,7 +19,8 @@ import yaml
 
 from miles_lite import environment, log
 from miles_lite import run as run_module
-from miles_lite.config import Config, ConfigError, build
+from miles_lite.compose import build
+from miles_lite.config import Config, ConfigError
 from miles_lite.run import Run, RunError, read_metrics, read_samples
 from miles_lite.types import Completion, Finish, Group, Prompt, Sample, Verdict
 
@@ -45,7 +46,8 @@ def named(cfg: Config, name: str) -> Config:
 
 
 def group(uid: int, logprobs: tuple[float, ...] = (-0.5, -1 / 3)) -> Group:
-    prompt = Prompt(uid, (1, 2), f"prompt {uid} \u2028 \x1b", "42")
+    text = f"prompt {uid} \u2028 \x1b"
+    prompt = Prompt(f"set:{uid}", (1, 2), text, "42", reward="", metadata={})
     completion = Completion((7, 8), logprobs, version=3, finish=Finish.stop)
     right = Sample(prompt, completion, "it is 42", Verdict(1.0, ""))
     return Group((right, replace(right, text="???", verdict=Verdict(0.0, "timeout"))))
@@ -121,16 +123,17 @@ def test_metrics_of_a_run_that_is_writing(cfg: Config) -> None:
 def test_samples_read_back(cfg: Config) -> None:
     run = Run.create(cfg, NOW)
     groups = [group(0), group(5, logprobs=(math.nan, -1.0))]
-    run.save_samples(12, groups, [(-0.5, -0.25)] * 3 + [(-math.inf, -2.0)])
+    run.save_samples(12, groups, {0: (-0.5, -0.25), 1: (-0.5, -0.25), 3: (-math.inf, -2.0)})
     path = run.folder / "samples" / "step_000012.jsonl.gz"
-    first, invalid, _, last = read_samples(path)
-    assert (first.step, first.prompt_uid, first.label, first.version) == (12, 0, "42", 3)
+    first, invalid, untrained, last = read_samples(path)
+    assert (first.step, first.prompt_uid, first.label, first.version) == (12, "set:0", "42", 3)
     assert (first.prompt, first.response) == ("prompt 0 \u2028 \x1b", "it is 42")
     assert (first.reward, first.invalid, first.finish) == (1.0, "", "stop")
     assert list(first.tokens) == [7, 8]
     assert first.logprobs == pytest.approx((-0.5, -1 / 3), abs=1e-9)
     assert list(first.trainer_logprobs) == [-0.5, -0.25]
     assert (invalid.reward, invalid.invalid) == (0.0, "timeout")
+    assert list(untrained.trainer_logprobs) == []
     assert math.isnan(last.logprobs[0]) and math.isnan(last.trainer_logprobs[0])
     for line in gzip.decompress(path.read_bytes()).splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -141,14 +144,9 @@ def test_logprobs_keep_every_bit_of_a_float32(cfg: Config) -> None:
     values = numpy.random.default_rng(0).normal(scale=3, size=200).astype("float32")
     as_tuple = tuple(float(value) for value in values)
     run = Run.create(cfg, NOW)
-    run.save_samples(0, [group(0, logprobs=as_tuple)], [as_tuple] * 2)
+    run.save_samples(0, [group(0, logprobs=as_tuple)], {0: as_tuple, 1: as_tuple})
     record = next(iter(read_samples(run.folder / "samples" / "step_000000.jsonl.gz")))
     assert (numpy.array(record.logprobs, "float32") == values).all()
-
-
-def test_samples_without_their_trainer_logprobs_are_a_bug(cfg: Config) -> None:
-    with pytest.raises(AssertionError):
-        Run.create(cfg, NOW).save_samples(0, [group(0)], [])
 
 
 def test_eval_samples_lie_apart_by_set(cfg: Config) -> None:

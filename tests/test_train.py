@@ -131,7 +131,7 @@ def test_transformers_loads_the_export_and_agrees_with_the_engines(run: Path) ->
 def test_the_export_changed_and_carries_mtp(run: Path) -> None:
     from safetensors.torch import load_file
 
-    from miles_lite.config import compose
+    from miles_lite.compose import compose
 
     before = load_file(compose(["experiment=tiny"]).model.path / "model.safetensors")
     after = load_file(run / "hf" / "model.safetensors")

@@ -17,38 +17,43 @@ from miles_lite.metrics import Max, Mean, Partial, Sum
 
 
 @torch.no_grad()
-def rollout_drift(trainer: Tensor, rollout: Tensor, weights: Tensor) -> dict[str, Partial]:
-    """Partials of trainer against engine log-probs [N] of the same response tokens and weights.
+def rollout_drift(trainer: Tensor, rollout: Tensor, lengths: Sequence[int]) -> dict[str, Partial]:
+    """Partials of trainer against engine log-probs [N] of the same response tokens.
 
-    `train_rollout_logprob_abs_diff` is the mean of |trainer - rollout| under the loss's own token
-    weights [N]; `train_rollout_kl` that of the clamped k3 estimate of KL(rollout || trainer).
-    Tokens with a non-finite log-prob on either side are left out of these means and counted in
-    `nonfinite_logprobs`: a mean without its count says nothing.
+    `train_rollout_logprob_abs_diff` is |trainer - rollout| and `train_rollout_kl` the clamped k3
+    estimate of KL(rollout || trainer), both as the mean over samples of the mean over their tokens:
+    of all samples, however the loss weighs them. Tokens with a non-finite log-prob on either side
+    are left out of both and counted in `nonfinite_logprobs`: a mean without its count says nothing.
     """
     # Where "old log-probs" are borrowed from the engine both names reach the same numbers, and the
     # drift would read as a perfect 0 for ever.
     same = trainer is rollout or (trainer.numel() and trainer.data_ptr() == rollout.data_ptr())
     assert not same, "drift of a tensor to itself: pass the trainer's log-probs and the engine's"
-    assert trainer.shape == rollout.shape == weights.shape
+    assert trainer.shape == rollout.shape
     finite = trainer.isfinite() & rollout.isfinite()
-    trainer, rollout, weights = (x[finite].double() for x in (trainer, rollout, weights))
+    trainer, rollout = (x.double().masked_fill(~finite, 0) for x in (trainer, rollout))
     diff = (trainer - rollout).abs()
     kl = kl_estimate(rollout, trainer, "low_var_kl")
-    largest = diff.max() if diff.numel() else diff.new_tensor(-torch.inf)
+
+    def sums(tokens: Tensor) -> Tensor:  # [B]
+        return torch.stack([sample.sum() for sample in tokens.split(list(lengths))])
+
+    counts = sums(finite.double())
+    largest = diff.masked_fill(~finite, -torch.inf)
     # One transfer from the device for all five.
-    total_diff, total_kl, total_weight, max_diff, broken = torch.stack(
+    total_diff, total_kl, num_samples, max_diff, broken = torch.stack(
         [
-            (weights * diff).sum(),
-            (weights * kl).sum(),
-            weights.sum(),
-            largest,
+            (sums(diff) / counts.clamp(min=1)).sum(),
+            (sums(kl) / counts.clamp(min=1)).sum(),
+            (counts > 0).sum().double(),
+            largest.max() if largest.numel() else largest.new_tensor(-torch.inf),
             (~finite).sum().double(),
         ]
     ).tolist()
     return {
-        "train/train_rollout_logprob_abs_diff": Mean(total_diff, total_weight),
+        "train/train_rollout_logprob_abs_diff": Mean(total_diff, num_samples),
         "train/train_rollout_logprob_abs_diff_max": Max(max_diff),
-        "train/train_rollout_kl": Mean(total_kl, total_weight),
+        "train/train_rollout_kl": Mean(total_kl, num_samples),
         "train/nonfinite_logprobs": Sum(broken),
     }
 

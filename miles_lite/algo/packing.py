@@ -1,7 +1,7 @@
 """Sequences become the forward passes of each update: who computes what, with which weight.
 
 Sequences are split into updates in rollout order. Within an update they are balanced over the
-data-parallel ranks by token count, then packed on each rank into micro-batches. Every rank runs
+data-parallel ranks by what they cost, then packed on each rank into micro-batches. Every rank runs
 the same number of micro-batches, none of them empty: pipeline and expert-parallel collectives run
 once a micro-batch, and a rank with one more would wait for ever. All of it is deterministic.
 """
@@ -9,37 +9,44 @@ once a micro-batch, and a rank with one more would wait for ever. All of it is d
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from miles_lite.protocols import Metrics
 from miles_lite.types import Batch, MicroBatch, TrainSequence, Update
 
-Aggregation = Literal["sample", "token"]
+Aggregation = Literal["sample", "token", "constant"]
+Cost = Callable[[int], int]  # operations that a sequence of so many tokens takes
 Part = list[TrainSequence]  # of a rank, or of a micro-batch
 
 
-def pack(
-    sequences: Sequence[TrainSequence],
-    *,
-    dp: int,
-    global_batch: int,
-    max_tokens: int,
-    hard_cap: int,
-    aggregation: Aggregation,
-) -> Batch:
+@dataclass(frozen=True, slots=True)
+class PackSettings:
+    dp: int
+    global_batch: int  # samples of an update
+    max_tokens: int  # of a micro-batch, never exceeded; TP may pad by less than its size
+    aggregation: Aggregation
+    aggregation_constant: float  # what "constant" divides a sample's sum by
+    train_zero_advantage: bool
+    cost: Cost
+
+
+def pack(sequences: Sequence[TrainSequence], settings: PackSettings) -> Batch:
     """All updates of a step. Raises ValueError, before any training, for what cannot be packed.
 
-    global_batch: sequences of an update.
-    max_tokens: aim for a micro-batch; a longer sequence forms one of its own.
-    hard_cap: tokens no sequence may exceed, so what a micro-batch of max(max_tokens, hard_cap)
-        tokens needs is all the memory a step ever needs.
+    What has no gradient is spared its passes: sequences that do not count and, unless they are to
+    be trained, those of advantage 0, which still weigh in the denominators. The shortest of the
+    spared come along at weight 0 where the rest is no multiple of the ranks: all must have as many.
     """
-    _check(sequences, dp=dp, global_batch=global_batch, hard_cap=hard_cap)
+    _check(sequences, settings)
     updates = []
-    for start in range(0, len(sequences), global_batch):
-        chosen = sequences[start : start + global_batch]
-        weights = _token_weights(chosen, aggregation)
+    for start in range(0, len(sequences), settings.global_batch):
+        chosen = sequences[start : start + settings.global_batch]
+        trained = [s for s in chosen if _has_gradient(s, settings)]
+        spared = [s for s in chosen if not _has_gradient(s, settings)]
+        weights = _token_weights(chosen, trained, settings)
+        ranks = _micro_batches(trained + _company(spared, len(trained), settings.dp), settings)
         updates.append(
             Update(
                 tuple(
@@ -47,32 +54,37 @@ def pack(
                         MicroBatch(tuple(part), tuple(weights[s.sample] for s in part))
                         for part in rank
                     )
-                    for rank in _micro_batches(chosen, dp, max_tokens)
+                    for rank in ranks
                 )
             )
         )
     return Batch(tuple(updates))
 
 
-def packing_metrics(batch: Batch) -> Metrics:
-    """`perf/imbalance`: tokens of the busiest rank over the mean rank, summed over the updates.
+def packing_metrics(batch: Batch, settings: PackSettings) -> Metrics:
+    """`perf/imbalance`: operations of the busiest rank over the mean rank, summed over updates.
 
-    1 is perfect; 1.2 means that the average rank idles a sixth of the training time.
+    1 is perfect; 1.2 means that the average rank idles a sixth of the training time. `perf/fill` is
+    the share of the token budget of all micro-batches that is used.
     """
     loads = [
-        [sum(micro_batch.num_tokens for micro_batch in rank) for rank in update.micro_batches]
+        [sum(_cost(mb.sequences, settings.cost) for mb in rank) for rank in update.micro_batches]
         for update in batch.updates
     ]
     mean = sum(sum(ranks) / len(ranks) for ranks in loads)
+    num_passes = sum(u.num_micro_batches for u in batch.updates)
+    num_tokens = sum(len(s.tokens) for s in batch.sequences)
+    num_samples = len(batch.updates) * settings.global_batch
     return {
         "perf/imbalance": sum(max(ranks) for ranks in loads) / mean,
-        "perf/num_micro_batches": float(sum(u.num_micro_batches for u in batch.updates)),
+        "perf/num_micro_batches": float(num_passes),
+        "perf/fill": num_tokens / (num_passes * settings.dp * settings.max_tokens),
+        "perf/spared_ratio": 1 - len(batch.sequences) / num_samples,
     }
 
 
-def _check(
-    sequences: Sequence[TrainSequence], *, dp: int, global_batch: int, hard_cap: int
-) -> None:
+def _check(sequences: Sequence[TrainSequence], settings: PackSettings) -> None:
+    dp, global_batch = settings.dp, settings.global_batch
     if not sequences or len(sequences) % global_batch:
         raise ValueError(
             f"{len(sequences)} samples cannot be split into updates of {global_batch}: "
@@ -86,43 +98,62 @@ def _check(
         )
     assert len({s.sample for s in sequences}) == len(sequences), "a sample occurs twice"
     longest = max(sequences, key=lambda s: len(s.tokens))
-    if len(longest.tokens) > hard_cap:
+    if len(longest.tokens) > settings.max_tokens:
         raise ValueError(
             f"sample {longest.sample} has {len(longest.tokens)} tokens ({longest.prompt_len} "
-            f"prompt + {longest.response_len} response), over the cap of {hard_cap}: raise "
-            "train.max_sequence_tokens if the memory allows (train.max_tokens_per_micro_batch "
-            "does not cut a sequence), or lower the prompt or response length"
+            f"prompt + {longest.response_len} response), over the {settings.max_tokens} of a "
+            "forward pass: raise train.max_tokens_per_micro_batch if the memory allows, or lower "
+            "the prompt or response length"
         )
 
 
-def _token_weights(update: Sequence[TrainSequence], aggregation: Aggregation) -> dict[int, float]:
-    """Loss weight of each response token, by sample.
+def _has_gradient(sequence: TrainSequence, settings: PackSettings) -> bool:
+    return sequence.counts and (settings.train_zero_advantage or sequence.advantage != 0)
 
-    "sample": mean over samples of the mean over their tokens; "token": mean over all tokens. A
-    sample without response tokens counts as one in the denominator, and weighs nothing.
+
+def _company(spared: Sequence[TrainSequence], num_trained: int, dp: int) -> list[TrainSequence]:
+    """The shortest of the spared, as many as make the trained a multiple of the ranks."""
+    missing = -num_trained % dp if num_trained else dp
+    return _longest_first(spared)[len(spared) - missing :]
+
+
+def _token_weights(
+    update: Sequence[TrainSequence], trained: Sequence[TrainSequence], settings: PackSettings
+) -> dict[int, float]:
+    """Loss weight of each response token, by sample; 0 for what is computed but not trained.
+
+    "sample": mean over samples of the mean over their tokens; "token": mean over all tokens;
+    "constant": mean over samples of the sum over their tokens / constant (Dr.GRPO: Liu et al.
+    2025). A sample without response tokens counts as one in the denominator, and weighs nothing.
     """
-    tokens = {s.sample: max(1, s.response_len) for s in update}
-    if aggregation == "sample":
-        weights = {sample: 1 / (num_tokens * len(update)) for sample, num_tokens in tokens.items()}
+    tokens = {s.sample: max(1, s.response_len) for s in update if s.counts}
+    if settings.aggregation == "sample":
+        weights = {sample: 1 / (num_tokens * len(tokens)) for sample, num_tokens in tokens.items()}
+    elif settings.aggregation == "token":
+        weights = dict.fromkeys(tokens, 1 / max(1, sum(tokens.values())))
     else:
-        assert aggregation == "token", f"no aggregation {aggregation!r}"
-        weights = dict.fromkeys(tokens, 1 / sum(tokens.values()))
-    return {s.sample: weights[s.sample] if s.response_len else 0.0 for s in update}
+        assert settings.aggregation == "constant", f"no aggregation {settings.aggregation!r}"
+        assert settings.aggregation_constant > 0, "a sum over tokens wants a constant to divide by"
+        share = 1 / (settings.aggregation_constant * max(1, len(tokens)))
+        weights = dict.fromkeys(tokens, share)
+    by_sample = dict.fromkeys((s.sample for s in update), 0.0)
+    return by_sample | {s.sample: weights[s.sample] for s in trained if s.response_len}
 
 
 # ------------------------------------------------------------------ who computes what
 
 
-def _micro_batches(update: Sequence[TrainSequence], dp: int, max_tokens: int) -> list[list[Part]]:
+def _micro_batches(update: Sequence[TrainSequence], settings: PackSettings) -> list[list[Part]]:
     """[dp][i] of micro-batches, the same number on each rank.
 
     The freest balance comes first. It may leave a rank with fewer sequences, all long, than another
     has micro-batches; then each rank gets the same number of sequences, which always works out.
     """
-    ranks = _partition(update, dp)
+    dp, cost, max_tokens = settings.dp, settings.cost, settings.max_tokens
+    ranks = _partition(update, dp, cost)
     packed = [_first_fit_decreasing(rank, max_tokens) for rank in ranks]
     if min(map(len, ranks)) < max(map(len, packed)):
-        ranks = _partition(update, dp, equal_counts=True)
+        ranks = _partition(update, dp, cost, equal_counts=True)
         packed = [_first_fit_decreasing(rank, max_tokens) for rank in ranks]
     num_micro_batches = max(map(len, packed))
     for micro_batches in packed:
@@ -130,14 +161,14 @@ def _micro_batches(update: Sequence[TrainSequence], dp: int, max_tokens: int) ->
             divisible = [part for part in micro_batches if len(part) > 1]
             largest = max(divisible, key=_num_tokens)
             micro_batches.remove(largest)
-            micro_batches += _partition(largest, 2)
+            micro_batches += _partition(largest, 2, cost)
         # Experts are exchanged across DP ranks: let those that meet have about the same size.
         micro_batches.sort(key=_num_tokens, reverse=True)
     return packed
 
 
 def _first_fit_decreasing(sequences: Sequence[TrainSequence], max_tokens: int) -> list[Part]:
-    """Few micro-batches of <= max_tokens; a sequence above that gets one of its own."""
+    """Few micro-batches of <= max_tokens."""
     parts: list[Part] = []
     room: list[int] = []
     for sequence in _longest_first(sequences):
@@ -153,40 +184,43 @@ def _first_fit_decreasing(sequences: Sequence[TrainSequence], max_tokens: int) -
 
 
 def _partition(
-    sequences: Sequence[TrainSequence], num_parts: int, *, equal_counts: bool = False
+    sequences: Sequence[TrainSequence], num_parts: int, cost: Cost, *, equal_counts: bool = False
 ) -> list[Part]:
-    """Parts of nearly equal token counts: Karmarkar and Karp's largest differencing method.
+    """Parts of nearly equal cost: Karmarkar and Karp's largest differencing method.
 
-    Each entry of the heap is a partition of some sequences; the two of the widest spread are
-    merged, heaviest part with lightest, until one is left. Starting from one sequence an entry
-    gives the best balance; starting from `num_parts` of them, one a part, keeps counts equal.
+    Each entry of the heap is a partition of some sequences, heaviest part first; the two of the
+    widest spread are merged, heaviest part with lightest, until one is left. Starting from one
+    sequence an entry gives the best balance; starting from `num_parts` of them, one a part, keeps
+    counts equal.
     """
     assert len(sequences) >= num_parts
     ordered = _longest_first(sequences)
     chunk = num_parts if equal_counts else 1
-    heap: list[tuple[int, int, list[Part]]] = []
+    heap: list[tuple[int, int, list[tuple[int, Part]]]] = []  # -spread, order, (load, part)s
     for start in range(0, len(ordered), chunk):
-        parts: list[Part] = [[sequence] for sequence in ordered[start : start + chunk]]
-        parts += [[] for _ in range(num_parts - len(parts))]
-        heap.append((-_spread(parts), start, parts))
+        parts: list[tuple[int, Part]] = [
+            (cost(len(sequence.tokens)), [sequence]) for sequence in ordered[start : start + chunk]
+        ]
+        parts += [(0, []) for _ in range(num_parts - len(parts))]
+        heap.append((parts[-1][0] - parts[0][0], start, parts))
     heapq.heapify(heap)
     while len(heap) > 1:
         _, order, left = heapq.heappop(heap)
         _, other, right = heapq.heappop(heap)
-        merged = [a + b for a, b in zip(left, reversed(right), strict=True)]
-        merged.sort(key=_num_tokens, reverse=True)
-        heapq.heappush(heap, (-_spread(merged), min(order, other), merged))
-    return heap[0][2]
+        pairs = zip(left, reversed(right), strict=True)
+        merged = [(a_load + b_load, a + b) for (a_load, a), (b_load, b) in pairs]
+        merged.sort(key=lambda entry: -entry[0])
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], min(order, other), merged))
+    return [part for _, part in heap[0][2]]
 
 
 def _longest_first(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
     return sorted(sequences, key=lambda s: (-len(s.tokens), s.sample))
 
 
-def _spread(parts: Sequence[Part]) -> int:
-    """Tokens between the heaviest and the lightest of parts sorted heaviest first."""
-    return _num_tokens(parts[0]) - _num_tokens(parts[-1])
-
-
 def _num_tokens(part: Part) -> int:
     return sum(len(sequence.tokens) for sequence in part)
+
+
+def _cost(sequences: Sequence[TrainSequence], cost: Cost) -> int:
+    return sum(cost(len(sequence.tokens)) for sequence in sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,30 @@ class ChatTokenizer:
             )
         return cls(backend, folder)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the vocabulary and the chat template."""
+        words = sorted(self._backend.get_vocab().items())
+        text = repr((self._backend.chat_template, words))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
     def render(
-        self, messages: Sequence[Mapping[str, str]], template_kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[Mapping[str, str]],
+        template_kwargs: Mapping[str, Any],
+        tools: Sequence[Any] = (),
     ) -> str:
         """The chat as text, ending where the assistant is to begin.
 
-        `template_kwargs` go to the template as they are, e.g. {"enable_thinking": False}.
+        `template_kwargs` go to the template as they are, e.g. {"enable_thinking": False}; so do
+        `tools`, descriptions of functions that the model may call.
         """
         return self._backend.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs
+            list(messages),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            **template_kwargs,
         )
 
     def encode(self, text: str) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ def check(cfg: Config, model: NemotronH) -> None:
     _check_engine_layout(cfg, model)
     _check_batch(cfg)
     _check_lengths(cfg)
+    _check_algorithm(cfg)
 
 
 def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
@@ -115,33 +116,123 @@ def _check_engine_layout(cfg: Config, model: NemotronH) -> None:
 
 
 def _check_batch(cfg: Config) -> None:
-    samples, batch = cfg.rollout.num_samples, cfg.train.global_batch
-    if samples % batch:
-        raise ConfigError(
-            f"rollout.num_prompts x samples_per_prompt = {cfg.rollout.num_prompts} x "
-            f"{cfg.rollout.samples_per_prompt} = {samples} samples a step do not split into "
-            f"updates of train.global_batch = {batch}; it may be {_divisors(samples)}"
-        )
+    batch, over = cfg.train.global_batch, cfg.rollout.over_sampling
     if batch % cfg.parallel.dp:
         raise ConfigError(
             f"train.global_batch = {batch} is not a multiple of parallel.dp = {cfg.parallel.dp}: "
             "ranks could not all run the same number of micro-batches"
         )
-    if cfg.rollout.samples_per_prompt == 1:
+    if over and not cfg.rollout.dynamic_sampling:
         raise ConfigError(
-            "rollout.samples_per_prompt = 1: a group of one has no advantage, GRPO would learn "
-            "nothing; use 2 or more"
+            f"rollout.over_sampling = {over} without rollout.dynamic_sampling=true: there would be "
+            "nothing to choose from the surplus"
+        )
+    if over and over < cfg.rollout.num_prompts:
+        raise ConfigError(
+            f"rollout.over_sampling = {over} prompts asked at once are fewer than "
+            f"rollout.num_prompts = {cfg.rollout.num_prompts}, which a step keeps"
         )
 
 
 def _check_lengths(cfg: Config) -> None:
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
-    if longest > cfg.train.max_sequence_tokens:
+    if longest > cfg.train.max_tokens_per_micro_batch:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} may exceed "
-            f"train.max_sequence_tokens = {cfg.train.max_sequence_tokens}, the longest sequence "
-            "that training accepts: raise it or shorten answers"
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens do not fit a "
+            f"forward pass of train.max_tokens_per_micro_batch = "
+            f"{cfg.train.max_tokens_per_micro_batch}, which is a hard cap: raise it, or shorten "
+            "prompts or answers"
         )
+    if cfg.algo.overlong_buffer >= cfg.rollout.max_response_tokens:
+        raise ConfigError(
+            f"algo.overlong_buffer = {cfg.algo.overlong_buffer} leaves nothing of an answer of "
+            f"rollout.max_response_tokens = {cfg.rollout.max_response_tokens} unpunished"
+        )
+
+
+# ------------------------------------------------------------------ algorithms that say nothing
+
+
+def _check_algorithm(cfg: Config) -> None:
+    algo, estimator = cfg.algo, cfg.algo.advantage_estimator
+    plain = estimator == "reinforce_plus_plus"
+    if cfg.rollout.samples_per_prompt == 1 and not plain:
+        raise ConfigError(
+            f"rollout.samples_per_prompt = 1 with algo.advantage_estimator = {estimator}: alone in "
+            "its group a sample has no advantage, and nothing would be learnt. Take 2 samples or "
+            "more, or algo=reinforce_plus_plus, whose baseline is the whole batch"
+        )
+    if cfg.rollout.dynamic_sampling and cfg.rollout.samples_per_prompt == 1:
+        raise ConfigError(
+            "rollout.dynamic_sampling with rollout.samples_per_prompt = 1: the rewards of a group "
+            "of one are always equal, so every group would be replaced for ever"
+        )
+    if estimator.startswith("reinforce_plus_plus") and not algo.whiten:
+        raise ConfigError(
+            f"algo.advantage_estimator = {estimator} with algo.whiten = false: its normalisation "
+            "over the batch is part of the method: set algo.whiten=true"
+        )
+    if not algo.train_zero_advantage:
+        _check_spared(cfg)
+    _check_kl(cfg)
+    _check_old_logprobs(cfg)
+
+
+def _check_spared(cfg: Config) -> None:
+    """Sparing samples of no advantage must leave the gradient as it is."""
+    for key in ("kl_coef", "kl_loss_coef", "entropy_coef", "whiten"):
+        if getattr(cfg.algo, key):
+            raise ConfigError(
+                f"algo.train_zero_advantage = false with algo.{key} = {getattr(cfg.algo, key)}: "
+                "samples of no advantage do have a gradient then; leave it true"
+            )
+
+
+def _check_kl(cfg: Config) -> None:
+    algo = cfg.algo
+    if algo.kl_coef and algo.kl_loss_coef:
+        raise ConfigError(
+            f"algo.kl_coef = {algo.kl_coef} and algo.kl_loss_coef = {algo.kl_loss_coef}: the same "
+            "KL would count twice, in the reward and in the loss; keep one"
+        )
+    if algo.ref_update_interval and not algo.needs_reference:
+        raise ConfigError(
+            f"algo.ref_update_interval = {algo.ref_update_interval} without a reference: "
+            "algo.kl_coef and algo.kl_loss_coef are both 0"
+        )
+    if algo.use_unbiased_kl and not algo.kl_loss_coef:
+        raise ConfigError(
+            "algo.use_unbiased_kl = true weighs the KL in the loss, but algo.kl_loss_coef = 0"
+        )
+
+
+def _check_old_logprobs(cfg: Config) -> None:
+    if cfg.algo.old_logprobs == "rollout" and cfg.algo.correction.active:
+        raise ConfigError(
+            "algo.old_logprobs = rollout with algo.correction: the loss already starts from the "
+            "engine's log-probs, there is nothing left to correct; turn one of them off"
+        )
+
+
+def warnings(cfg: Config) -> list[str]:
+    """What can be run but is seldom meant."""
+    algo, rollout, found = cfg.algo, cfg.rollout, []
+    if algo.kl_loss_coef and algo.kl_loss_type == "k1" and not algo.use_unbiased_kl:
+        found.append(
+            "algo.kl_loss_type = k1 in the loss: on policy the gradient of log p - log p_ref has "
+            "mean zero, so it adds noise and no pull; k2, k3 or low_var_kl do pull"
+        )
+    if algo.correction.active and (rollout.top_p < 1 or rollout.top_k > 0):
+        found.append(
+            f"algo.correction with rollout.top_p = {rollout.top_p}, top_k = {rollout.top_k}: the "
+            "ratio compares full distributions, tokens were drawn from truncated ones"
+        )
+    if algo.old_logprobs == "rollout":
+        found.append(
+            "algo.old_logprobs = rollout: ratios start from the engine's log-probs, not the "
+            "trainer's own; the drift still compares the two"
+        )
+    return found
 
 
 def _divides(key: str, value: int, what: str, amount: int) -> None:

@@ -4,26 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from miles_lite.data.tokenizer import ChatTokenizer
-from miles_lite.protocols import Engine, Metrics, Phase
+from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, RolloutResult
+from miles_lite.rollout.dynamic import fill
 from miles_lite.rollout.rewards import RewardWorkers
-from miles_lite.types import Completion, Finish, Group, Prompt, Request, Sample, Sampling
+from miles_lite.types import Completion, Finish, Group, Prompt, Request, Sample, Sampling, Verdict
+
+log = logging.getLogger(__name__)
+
+MAX_RESAMPLES = 3  # of one answer without a verdict
+ABORT_S = 30.0  # for an engine to end its requests
+
+T = TypeVar("T")
 
 
 class RolloutError(RuntimeError):
     """Samples are missing, late, or not of the policy's version."""
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    sampling: Sampling  # its seed is the run's: each sample's own follows from it
+    num_prompts: int  # a step
+    samples_per_prompt: int
+    dynamic_sampling: bool  # drop groups of equal rewards and draw others
+    over_sampling: int  # prompts asked at once for that
+    resample: bool  # draw an answer without a verdict again
+    timeout_s: float  # of a whole generate
+
+
+@dataclass(slots=True)
+class _Draw:
+    """One call of generate or sample."""
+
+    sampling: Sampling
+    num_samples: int  # a prompt
+    purpose: str  # mixed into the seeds, so that two uses of one prompt draw different samples
+    resample: bool
+    times_asked: Counter[str]  # by prompt: the second time, other seeds
+    unfinished: Counter[str]  # samples by engine
+    num_resampled: int = 0
+
+
 class RolloutManager:
     """Implements protocols.Rollout.
 
-    sampling: how training samples are drawn; its seed is the run's, from which each sample's own
-    seed follows, so that a sample does not depend on which engine draws it beside which others.
+    A sample's seed follows from the run's seed, the version, its prompt and its place in the
+    group: it does not depend on which engine draws it beside which others.
     """
 
     def __init__(
@@ -31,74 +65,154 @@ class RolloutManager:
         engines: Sequence[Engine],
         rewards: RewardWorkers,
         tokenizer: ChatTokenizer,
-        sampling: Sampling,
-        samples_per_prompt: int,
-        timeout_s: float,
+        settings: RolloutSettings,
     ) -> None:
         self.engines = engines
         self.version = -1
-        self.num_finished = 0  # samples of the running generate call: for the console
+        self.num_finished = 0  # samples of the running call: for the console
         self._rewards = rewards
         self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._samples_per_prompt = samples_per_prompt
-        self._timeout_s = timeout_s
+        self._settings = settings
         self._next_uid = 0
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Group]:
-        return self.sample(prompts, self._sampling, self._samples_per_prompt, f"v{self.version}")
+    def generate(self, prompts: PromptStream) -> RolloutResult:
+        """See protocols.Rollout. Raises RolloutError after the deadline, naming the engines that
+        owe samples; NothingToKeep if dynamic sampling finds no group to keep."""
+        begin = time.perf_counter()
+        settings = self._settings
+        draw = self._new_draw(
+            settings.sampling, settings.samples_per_prompt, f"v{self.version}", settings.resample
+        )
+        filled = self._run(
+            fill(
+                prompts,
+                lambda prompt: self._group(prompt, draw),
+                wanted=settings.num_prompts,
+                at_once=settings.over_sampling,
+                filtered=settings.dynamic_sampling,
+            ),
+            draw,
+        )
+        metrics = _throughput(filled.kept, time.perf_counter() - begin)
+        if settings.dynamic_sampling:
+            metrics |= filled.metrics()
+        if settings.resample:
+            metrics["reward/resampled"] = float(draw.num_resampled)
+        return RolloutResult(filled.kept, metrics)
 
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, num_samples: int, purpose: str
     ) -> list[Group]:
-        """`num_samples` scored completions of each prompt.
+        """`num_samples` scored completions of each prompt, whatever their rewards.
 
-        purpose: mixed into the seeds, so that two uses of one prompt draw different samples.
-        Raises RolloutError after the deadline, naming the engines that owe samples.
+        purpose: two purposes draw different samples of a prompt. Raises RolloutError as generate.
         """
-        return asyncio.run(self._sample(prompts, sampling, num_samples, purpose))
+        draw = self._new_draw(sampling, num_samples, purpose, resample=False)
 
-    async def _sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, num_samples: int, purpose: str
-    ) -> list[Group]:
+        async def all_of_them() -> list[Group]:
+            tasks = [asyncio.ensure_future(self._group(prompt, draw)) for prompt in prompts]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        return self._run(all_of_them(), draw)
+
+    def _new_draw(
+        self, sampling: Sampling, num_samples: int, purpose: str, resample: bool
+    ) -> _Draw:
         self.num_finished = 0
-        unfinished: Counter[str] = Counter()  # by engine
-        tasks = []
-        for prompt in prompts:
-            for index in range(num_samples):
-                seed = derive_seed(sampling.seed, purpose, prompt.uid, index)
-                # least load first; all are assigned before any finishes, so always the same way
-                engine = min(self.engines, key=lambda e: unfinished[e.name])
-                unfinished[engine.name] += 1
-                one = self._one(engine, prompt, replace(sampling, seed=seed), unfinished)
-                tasks.append(asyncio.ensure_future(one))
+        return _Draw(sampling, num_samples, purpose, resample, Counter(), Counter())
+
+    def _run(self, work: Coroutine[Any, Any, T], draw: _Draw) -> T:
+        """Do it by the deadline, and leave no request behind on any engine."""
+
+        async def bounded() -> T:
+            try:
+                return await asyncio.wait_for(work, self._settings.timeout_s)
+            except TimeoutError:
+                raise self._late(draw) from None
+            finally:
+                await self._release(draw)
+
+        return asyncio.run(bounded())
+
+    async def _release(self, draw: _Draw) -> None:
+        """Cancelled requests still run in the engines: end them. What goes wrong here is told but
+        must not hide why we are here; an engine that is still busy refuses its next phase."""
+        busy = [engine for engine in self.engines if draw.unfinished[engine.name]]
+        aborts = [asyncio.wait_for(engine.abort(), ABORT_S) for engine in busy]
+        outcomes = await asyncio.gather(*aborts, return_exceptions=True)
+        for engine, outcome in zip(busy, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                log.warning(
+                    "%s did not end its requests in %g s: %r", engine.name, ABORT_S, outcome
+                )
+
+    def _late(self, draw: _Draw) -> RolloutError:
+        missing = ", ".join(f"{n} on {name}" for name, n in draw.unfinished.items() if n)
+        return RolloutError(
+            f"generate: {draw.unfinished.total()} of "
+            f"{draw.unfinished.total() + self.num_finished} samples are missing after "
+            f"{self._settings.timeout_s:g} s (rollout.timeout_s): {missing or 'none of an engine'}"
+        )
+
+    # ------------------------------------------------------------------ one group, one sample
+
+    async def _group(self, prompt: Prompt, draw: _Draw) -> Group:
+        draw.times_asked[prompt.uid] += 1
+        again = draw.times_asked[prompt.uid] - 1
+        seed_parts = (draw.purpose, prompt.uid, *([f"again{again}"] if again else []))
+        tasks = [
+            asyncio.ensure_future(self._sample(prompt, (*seed_parts, index), draw))
+            for index in range(draw.num_samples)
+        ]
         try:
-            samples = await asyncio.wait_for(asyncio.gather(*tasks), self._timeout_s)
-        except TimeoutError:
-            missing = ", ".join(f"{n} on {name}" for name, n in unfinished.items() if n)
-            raise RolloutError(
-                f"generate: {len(tasks) - self.num_finished} of {len(tasks)} samples are missing "
-                f"after {self._timeout_s:g} s (rollout.timeout_s): {missing}"
-            ) from None
+            samples = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        return [
-            Group(tuple(samples[start : start + num_samples]))
-            for start in range(0, len(samples), num_samples)
-        ]
+        if self._rewards.scores_groups(prompt.reward):
+            verdicts = await self._rewards.grade_group(prompt, [s.text for s in samples])
+            samples = [replace(s, verdict=v) for s, v in zip(samples, verdicts, strict=True)]
+        return Group(tuple(samples))
 
-    async def _one(
-        self, engine: Engine, prompt: Prompt, sampling: Sampling, unfinished: Counter[str]
+    async def _sample(
+        self, prompt: Prompt, seed_parts: tuple[str | int, ...], draw: _Draw
     ) -> Sample:
+        """One answer; again with another seed while it has no verdict, if the policy says so.
+        Members of a group that is scored as one are not drawn again."""
+        sample = await self._attempt(prompt, seed_parts, draw)
+        if draw.resample and not self._rewards.scores_groups(prompt.reward):
+            for attempt in range(1, MAX_RESAMPLES + 1):
+                if sample.verdict.valid:
+                    break
+                draw.num_resampled += 1
+                sample = await self._attempt(prompt, (*seed_parts, f"retry{attempt}"), draw)
+        self.num_finished += 1
+        return sample
+
+    async def _attempt(
+        self, prompt: Prompt, seed_parts: tuple[str | int, ...], draw: _Draw
+    ) -> Sample:
+        seed = derive_seed(draw.sampling.seed, *seed_parts)
+        completion = await self._complete(prompt, replace(draw.sampling, seed=seed), draw)
+        text = self._tokenizer.decode(completion.tokens)
+        if self._rewards.scores_groups(prompt.reward):
+            return Sample(prompt, completion, text, _NOT_YET)
+        return Sample(prompt, completion, text, await self._rewards.grade(prompt, text))
+
+    async def _complete(self, prompt: Prompt, sampling: Sampling, draw: _Draw) -> Completion:
+        # least load first; requests of one turn are all assigned before any is done
+        engine = min(self.engines, key=lambda e: draw.unfinished[e.name])
+        draw.unfinished[engine.name] += 1
         self._next_uid += 1
         completion = await engine.generate(Request(self._next_uid, prompt.tokens, sampling))
+        draw.unfinished[engine.name] -= 1
         self._check(engine, prompt, completion)
-        text = self._tokenizer.decode(completion.tokens)
-        verdict = await self._rewards.grade(text, prompt.label)
-        unfinished[engine.name] -= 1
-        self.num_finished += 1
-        return Sample(prompt, completion, text, verdict)
+        return completion
 
     def _check(self, engine: Engine, prompt: Prompt, completion: Completion) -> None:
         """A sample of stale weights or of none would be trained on as if it were the policy's."""
@@ -126,15 +240,17 @@ class RolloutManager:
         self._rewards.close()
 
 
+_NOT_YET = Verdict(0.0, "not graded yet")  # while the group is incomplete; never leaves this file
+
+
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed, the same for the same parts on every machine."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
 
-def throughput(groups: Sequence[Group], begin: float) -> Metrics:
-    """perf/* of a rollout that began at time.perf_counter() = begin."""
-    seconds = time.perf_counter() - begin
+def _throughput(groups: Sequence[Group], seconds: float) -> Metrics:
+    """perf/* of a rollout; tokens of groups that were not kept count as nothing."""
     lengths = [len(sample.completion.tokens) for group in groups for sample in group.samples]
     return {
         "perf/rollout_time": seconds,

@@ -1,14 +1,16 @@
-"""Inside a reward worker process: load one reward function from its file and grade what is asked.
+"""Inside a reward worker process: load reward functions from their files and grade what is asked.
 
-A worker is a bare Python: it imports the reward file and nothing of the framework (no torch, no
-ray). It reads batches of [response, label] from stdin as JSON, one batch a line, and writes one
-line [reward, reason] as soon as an answer is graded, so that the parent always knows which one is
-in hand. It ends when stdin does, and is killed by the kernel when its parent dies.
+A worker is a bare Python: it imports the reward files and nothing of the framework (no torch, no
+ray). It reads batches of questions from stdin as JSON, one batch a line, and writes one line with
+the [reward, reason] of every answer of a question as soon as it is graded, so that the parent
+always knows which one is in hand. It ends when stdin does, and is killed by the kernel when its
+parent dies. It grades in its main thread, so a library may use signals.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -21,14 +23,27 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_REASON_LEN = 200
 
 
-def load_reward(file: Path, function: str) -> Callable[..., Any]:
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A reward function, ready to be called."""
+
+    call: Callable[..., Any]  # (response or responses, label, ...) with its options bound
+    by_group: bool  # takes all responses of a group at once
+    wants: tuple[str, ...]  # of EXTRAS
+
+
+EXTRAS = ("prompt", "metadata")  # what a function may ask for besides response and label
+
+
+def load_reward(file: Path, function: str, options: Mapping[str, Any] | None = None) -> Reward:
     """The function of that name in a reward file, which may import its neighbours as `.name`.
 
     The file's folder becomes a package with a private name, so a file called math.py or types.py
@@ -39,12 +54,11 @@ def load_reward(file: Path, function: str) -> Callable[..., Any]:
         near = _nearest(file.name, [path.name for path in file.parent.glob("*.py")])
         raise ValueError(f"there is no reward file {file}{near}")
     module = _import_file(file)
-    reward = getattr(module, function, None)
-    if not callable(reward):
+    found = getattr(module, function, None)
+    if not callable(found):
         names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"{file} has no function {function!r}{_nearest(function, names)}")
-    _check_signature(reward, f"{function} in {file}")
-    return reward
+    return _bound(found, f"{function} in {file}", dict(options or {}))
 
 
 def _import_file(file: Path) -> types.ModuleType:
@@ -77,19 +91,32 @@ def _sibling_hint(file: Path, error: Exception) -> str:
     return ""
 
 
-def _check_signature(reward: Callable[..., Any], where: str) -> None:
-    if inspect.iscoroutinefunction(reward):
+def _bound(function: Callable[..., Any], where: str, options: dict[str, Any]) -> Reward:
+    """With options bound. Raises ValueError for options or a signature that do not fit."""
+    if inspect.iscoroutinefunction(function):
         raise ValueError(f"{where} is async; a reward is a plain function of (response, label)")
     try:
-        signature = inspect.signature(reward)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-ins tell no signature
-        return
+        return Reward(functools.partial(function, **options), False, ())
+    names = list(signature.parameters)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+    for option in options:
+        if option not in names[2:] and not takes_all:
+            raise ValueError(
+                f"{where} takes no option {option!r} (reward.options){_nearest(option, names[2:])}"
+            )
+    wants = tuple(name for name in EXTRAS if name in names[2:] and name not in options)
     try:
-        signature.bind("response", "label")
+        signature.bind("response", "label", **dict.fromkeys(wants), **options)
     except TypeError as error:
         raise ValueError(
-            f"{where} takes {signature}, but a reward takes (response, label)"
+            f"{where} takes {signature}, but a reward takes (response, label), besides prompt or "
+            f"metadata, and options that reward.options must give: {error}"
         ) from error
+    by_group = bool(names) and names[0] == "responses"
+    return Reward(functools.partial(function, **options), by_group, wants)
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -99,27 +126,38 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"; it has {', '.join(sorted(names)[:10])}" if names else ""
 
 
-def judge(reward: Callable[..., Any], response: str, label: Any) -> tuple[float, str]:
-    """(reward, "") of one answer, or (0.0, reason) if there is no verdict."""
+Result = tuple[float, str]  # (reward, "") or, without a verdict, (0.0, reason)
+
+
+def judge(reward: Reward, responses: Sequence[str], label: Any, extras: dict) -> list[Result]:
+    """One result for each response: of the one that there is, or of a group judged as a whole."""
     try:
-        result = reward(response, label)
+        answer = reward.call(list(responses) if reward.by_group else responses[0], label, **extras)
+        results = list(answer) if reward.by_group else [answer]
     except MemoryError:
         os._exit(1)  # whatever is left of this process cannot be trusted
     except Exception as error:
-        _tell_once(reward, error)
-        return 0.0, f"error: {type(error).__name__}"
+        _tell_once(reward.call, error)
+        return [(0.0, f"error: {type(error).__name__}")] * len(responses)
+    if len(results) != len(responses):
+        return [(0.0, f"bad_count: {len(results)}")] * len(responses)
+    return [_result(value) for value in results]
+
+
+def _result(value: Any) -> Result:
+    """From a number, or from an object with .reward and .reason."""
     reason = ""
-    if hasattr(result, "reward") and hasattr(result, "reason"):
-        result, reason = result.reward, str(result.reason)[:MAX_REASON_LEN]
+    if hasattr(value, "reward") and hasattr(value, "reason"):
+        value, reason = value.reward, str(value.reason)[:MAX_REASON_LEN]
     if reason:
         return 0.0, reason
-    if not isinstance(result, numbers.Real):
+    if not isinstance(value, numbers.Real):
         return 0.0, "bad_type"
     try:
-        value = float(result)
+        number = float(value)
     except OverflowError:
         return 0.0, "not_finite"
-    return (value, "") if math.isfinite(value) else (0.0, "not_finite")
+    return (number, "") if math.isfinite(number) else (0.0, "not_finite")
 
 
 _told: set[type] = set()
@@ -132,7 +170,7 @@ def _tell_once(reward: Callable[..., Any], error: Exception) -> None:
     _told.add(type(error))
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    name = getattr(reward, "__name__", "reward")
+    name = getattr(getattr(reward, "func", reward), "__name__", "reward")
     message = str(error)[:MAX_REASON_LEN].encode("ascii", "backslashreplace").decode()
     print(
         f"reward {name}: {type(error).__name__}: {message} ({where})", file=sys.stderr, flush=True
@@ -140,21 +178,26 @@ def _tell_once(reward: Callable[..., Any], error: Exception) -> None:
 
 
 def main(settings: str) -> None:
-    """Serve until stdin ends. `settings` is JSON: file, function, parent (pid), memory_bytes."""
+    """Serve until stdin ends. `settings` is JSON: functions ({name: [file, function, options]}),
+    parent (pid), memory_bytes. The first line told is what the functions are, or an error."""
     asked = json.loads(settings)
     requests, answers = _take_pipes()
     _die_with(asked["parent"])
     _limit_memory(asked["memory_bytes"])
     try:
-        reward = load_reward(Path(asked["file"]), asked["function"])
+        rewards = {
+            name: load_reward(Path(file), function, options)
+            for name, (file, function, options) in asked["functions"].items()
+        }
     except ValueError as error:
         os.write(answers, json.dumps(str(error)).encode() + b"\n")
         return
-    os.write(answers, b'""\n')  # ready
+    about = {name: [reward.by_group, reward.wants] for name, reward in rewards.items()}
+    os.write(answers, json.dumps(about).encode() + b"\n")
     for line in requests:
-        for response, label in json.loads(line):
-            verdict = json.dumps(judge(reward, response, label))
-            os.write(answers, verdict.encode() + b"\n")
+        for name, responses, label, extras in json.loads(line):
+            results = judge(rewards[name], responses, label, extras)
+            os.write(answers, json.dumps(results).encode() + b"\n")
 
 
 def _take_pipes() -> tuple[BinaryIO, int]:

@@ -65,7 +65,10 @@ class TrainerGroup:
         metrics["perf/train_time"] = seconds
         metrics["perf/actor_train_tok_per_s"] = num_tokens / metrics["perf/actor_train_time"]
         by_sample = {k: v for report in reports for k, v in report.logprobs.items()}
-        return StepResult(metrics, [by_sample[i] for i in range(len(by_sample))])
+        return StepResult(metrics, by_sample)
+
+    def refresh_reference(self) -> None:
+        call_all(self._workers, "refresh_reference", deadline_s=self._timeout_s)
 
     # ------------------------------------------------------------------ memory
 

@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from miles_lite.algo.drift import ess_ratios, rollout_drift, update_drift
 from miles_lite.metrics import finish, merge
 
 TRAINER = torch.tensor([-1.0, -2.0, -0.5, -3.0])
 ROLLOUT = torch.tensor([-1.5, -2.0, -0.25, -1.0])
-WEIGHTS = torch.tensor([0.25, 0.25, 0.125, 0.125])
+LENGTHS = (1, 0, 3)
 
 
 def k3(trainer: float, rollout: float) -> float:
@@ -23,33 +25,50 @@ def k3(trainer: float, rollout: float) -> float:
 
 def test_drift_by_hand() -> None:
     kls = [k3(a, b) for a, b in zip(TRAINER.tolist(), ROLLOUT.tolist(), strict=True)]
-    metrics = finish(rollout_drift(TRAINER, ROLLOUT, WEIGHTS))
+    metrics = finish(rollout_drift(TRAINER, ROLLOUT, LENGTHS))
     assert metrics == pytest.approx(
         {
-            "train/train_rollout_logprob_abs_diff": (0.25 * 0.5 + 0.125 * (0.25 + 2.0)) / 0.75,
+            "train/train_rollout_logprob_abs_diff": (0.5 + (0 + 0.25 + 2.0) / 3) / 2,
             "train/train_rollout_logprob_abs_diff_max": 2.0,
-            "train/train_rollout_kl": (0.25 * (kls[0] + kls[1]) + 0.125 * (kls[2] + kls[3])) / 0.75,
+            "train/train_rollout_kl": (kls[0] + sum(kls[1:]) / 3) / 2,
             "train/nonfinite_logprobs": 0,
         }
     )
 
 
+@given(st.lists(st.tuples(st.integers(1, 8), st.floats(-2, 2)), min_size=1, max_size=6))
+def test_a_planted_difference_is_found(planted: list[tuple[int, float]]) -> None:
+    """Every token of a sample off by the same: each sample counts once, long or short."""
+    lengths, shifts = zip(*planted, strict=True)
+    rollout = -torch.rand(sum(lengths), dtype=torch.float64)
+    off = torch.tensor(shifts, dtype=torch.float64).repeat_interleave(torch.tensor(lengths))
+    metrics = finish(rollout_drift(rollout + off, rollout, lengths))
+    assert metrics == pytest.approx(
+        {
+            "train/train_rollout_logprob_abs_diff": sum(map(abs, shifts)) / len(shifts),
+            "train/train_rollout_logprob_abs_diff_max": max(map(abs, shifts)),
+            "train/train_rollout_kl": sum(k3(x, 0) for x in shifts) / len(shifts),
+            "train/nonfinite_logprobs": 0,
+        },
+        abs=1e-12,
+    )
+
+
 def test_the_kl_is_of_the_engine_to_the_trainer_and_clamped() -> None:
     """Where the engine expects a token far more than the trainer, its k3 is about x, not e^x."""
-    one, sure, doubtful = torch.ones(1), torch.tensor([-0.1]), torch.tensor([-5.1])
-    small = finish(rollout_drift(trainer=doubtful, rollout=sure, weights=one))
-    large = finish(rollout_drift(trainer=sure, rollout=doubtful, weights=one))
+    sure, doubtful = torch.tensor([-0.1]), torch.tensor([-5.1])
+    small = finish(rollout_drift(trainer=doubtful, rollout=sure, lengths=[1]))
+    large = finish(rollout_drift(trainer=sure, rollout=doubtful, lengths=[1]))
     assert small["train/train_rollout_kl"] == pytest.approx(math.exp(-5) - 1 + 5, rel=1e-5)
     assert large["train/train_rollout_kl"] == 10  # e^5 - 6, bounded
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3, 4])
-def test_drift_does_not_depend_on_the_split(cut: int) -> None:
+def test_drift_does_not_depend_on_the_split() -> None:
     parts = [
-        rollout_drift(TRAINER[part].clone(), ROLLOUT[part].clone(), WEIGHTS[part])
-        for part in (slice(0, cut), slice(cut, 4))
+        rollout_drift(TRAINER[part].clone(), ROLLOUT[part].clone(), lengths)
+        for part, lengths in ((slice(0, 1), [1]), (slice(1, 1), [0]), (slice(1, 4), [3]))
     ]
-    whole = finish(rollout_drift(TRAINER, ROLLOUT, WEIGHTS))
+    whole = finish(rollout_drift(TRAINER, ROLLOUT, LENGTHS))
     assert finish(merge(*parts)) == pytest.approx(whole)
 
 
@@ -57,15 +76,15 @@ def test_drift_does_not_depend_on_the_split(cut: int) -> None:
 def test_broken_logprobs_are_left_out_and_counted(broken: float) -> None:
     trainer, rollout = TRAINER.clone(), ROLLOUT.clone()
     trainer[3], rollout[1] = broken, broken
-    metrics = finish(rollout_drift(trainer, rollout, WEIGHTS))
+    metrics = finish(rollout_drift(trainer, rollout, LENGTHS))
     assert metrics["train/nonfinite_logprobs"] == 2
     kept = [0, 2]
-    expected = finish(rollout_drift(TRAINER[kept], ROLLOUT[kept], WEIGHTS[kept]))
+    expected = finish(rollout_drift(TRAINER[kept], ROLLOUT[kept], [1, 1]))
     assert metrics == pytest.approx(expected | {"train/nonfinite_logprobs": 2})
 
 
 def test_nothing_but_broken_logprobs_has_no_mean() -> None:
-    metrics = finish(rollout_drift(torch.full((4,), torch.nan), ROLLOUT, WEIGHTS))
+    metrics = finish(rollout_drift(torch.full((4,), torch.nan), ROLLOUT, LENGTHS))
     assert metrics["train/nonfinite_logprobs"] == 4
     assert all(math.isnan(v) for name, v in metrics.items() if "nonfinite" not in name)
 
@@ -73,7 +92,7 @@ def test_nothing_but_broken_logprobs_has_no_mean() -> None:
 def test_a_tensor_is_not_compared_with_itself() -> None:
     for other in (TRAINER, TRAINER.detach(), TRAINER.view(2, 2).view(4)):
         with pytest.raises(AssertionError, match="to itself"):
-            rollout_drift(TRAINER, other, WEIGHTS)
+            rollout_drift(TRAINER, other, LENGTHS)
     with pytest.raises(AssertionError, match="to itself"):
         update_drift(TRAINER, TRAINER, [4])
 

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.rollout.rewards import load_reward
-
-REWARDS = Path(__file__).parents[2] / "rewards"
-math = load_reward(REWARDS / "math.py", "math")
+from rewards.math import math
 
 
 def boxed(answer: str) -> str:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from miles_lite.rollout.rewards import load_reward
-
-REWARDS = Path(__file__).parents[2] / "rewards"
-deepscaler = load_reward(REWARDS / "deepscaler.py", "deepscaler")
-math = load_reward(REWARDS / "math.py", "math")
+from rewards.deepscaler import deepscaler
+from rewards.math import math
 
 # (whole response, label, deepscaler, math)
 WHOLE = [
@@ -43,6 +39,7 @@ AFTER_THINKING = [
     (r"\boxed{34}", r"\boxed{34}", 1),
     (r"\boxed{34}", r"\boxed 34", 0),
     (r"\boxed{34}", "", 0),
+    (r"\boxed{}", r"\boxed{}", 1),
     (r"\boxed{0}", "0", 1),
 ]
 
@@ -86,6 +83,11 @@ BOXED = [
     (r"7\frac{3}{4}", "31/4", 1),
     (r"7\frac{3}{4}", r"\frac{31}{4}", 1),
     ("2/4", "1/2", 0),
+    ("3x/2", r"\frac{3}{2}x", 0),  # counts as a fraction
+    ("5%", "x=5", 0),  # only an escaped percent sign goes
+    (r"5\%", "x=5", 1),
+    (r"1-n^\\-1", "1-n^-1", 1),  # a broken line
+    ("5 focmot", "5 foot", 1),  # units go one after the other
     (r"\sqrt{8}", r"2\sqrt{2}", 1),
     (r"\sqrt8", r"2\sqrt2", 1),
     (r"\sqrt{8}", r"2\sqrt{3}", 0),
@@ -142,13 +144,11 @@ def test_labels_that_are_missing() -> None:
 
 def test_plain_numbers_import_no_algebra() -> None:
     """Numbers, decimals and fractions are settled without sympy and pylatexenc."""
-    code = f"""
+    code = """
 import sys
-from pathlib import Path
-from miles_lite.rollout.rewards import load_reward
-math = load_reward(Path({str(REWARDS)!r}) / "math.py", "math")
+from rewards.math import math
 pairs = [("34", "34"), ("35", "34"), ("0.25", "1/4"), ("2/4", "1/2"), ("1,234", "1234")]
-print([math(f"\\\\boxed{{{{{{a}}}}}}", b) for a, b in pairs])
+print([math(f"\\\\boxed{{{a}}}", b) for a, b in pairs])
 print([name for name in ("sympy", "pylatexenc", "torch", "ray") if name in sys.modules])
 import math
 print(math.sqrt(4))

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from miles_lite.config import compose
-from miles_lite.data.prompts import load_prompts
+from miles_lite.compose import compose
+from miles_lite.config import RewardFunction
 from miles_lite.data.tokenizer import ChatTokenizer
-from miles_lite.protocols import Phase
-from miles_lite.rollout.manager import RolloutError, RolloutManager, derive_seed
+from miles_lite.protocols import Phase, RolloutResult
+from miles_lite.rollout.manager import (
+    MAX_RESAMPLES,
+    RolloutError,
+    RolloutManager,
+    RolloutSettings,
+    derive_seed,
+)
 from miles_lite.rollout.rewards import RewardWorkers
-from miles_lite.types import Completion, Finish, Prompt, Request, Sampling
+from miles_lite.types import Completion, Finish, Prompt, Request, Sample, Sampling
 
 CFG = compose(["experiment=tiny"])
+Draw = Callable[..., RolloutResult]
 SAMPLING = Sampling(7, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(3,))
 
 
@@ -27,7 +35,7 @@ class SeededEngine:
     def __init__(self, name: str, *, version: int = 5, finish: Finish = Finish.stop) -> None:
         self.name, self.version, self.finish = name, version, finish
         self.stuck = False
-        self.num_served = 0
+        self.num_served = self.num_aborts = 0
 
     async def generate(self, request: Request) -> Completion:
         self.num_served += 1
@@ -37,7 +45,9 @@ class SeededEngine:
         tokens = tuple(4 + request.sampling.seed // 7**i % 7 for i in range(4))
         return Completion(tokens, (-1.0,) * 4, self.version, self.finish)
 
-    async def abort(self) -> None: ...
+    async def abort(self) -> None:
+        self.num_aborts += 1
+
     def enter(self, phase: Phase) -> None: ...
     def held_bytes(self) -> dict[str, int]:
         return {}
@@ -56,71 +66,155 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: ChatTokenizer) -> list[Prompt]:
-    return load_prompts(
-        CFG.data.train + "@[:6]",
-        tokenizer,
-        prompt_key="prompt",
-        label_key="label",
-        template_kwargs={},
-        max_prompt_len=64,
-    )
+    return [
+        Prompt(f"sums:{i}", tokenizer.encode(text), text, str(2 * i), "", {})
+        for i, text in enumerate(f"{i}+{i}=" for i in range(6))
+    ]
+
+
+REWARDS = """
+def length(response, label):
+    return float(len(response))
+
+def moody(response, label, *, share):
+    "No verdict on a share of all answers, which ones only the answer decides."
+    if sum(map(ord, response)) % 100 < 100 * share:
+        raise RuntimeError("no idea")
+    return 1.0
+
+def rank(responses, label):
+    order = sorted(range(len(responses)), key=lambda i: responses[i])
+    return [order.index(i) for i in range(len(responses))]
+"""
 
 
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorkers]:
     file: Path = tmp_path_factory.mktemp("reward") / "length.py"
-    file.write_text("def length(response, label):\n    return float(len(response))\n")
-    with RewardWorkers(file, "length", 1) as workers:
+    file.write_text(REWARDS)
+    functions = {
+        "": RewardFunction(file=file, function="length"),
+        "often": RewardFunction(file=file, function="moody", options={"share": 0.5}),
+        "never": RewardFunction(file=file, function="moody", options={"share": 1.0}),
+        "rank": RewardFunction(file=file, function="rank"),
+    }
+    with RewardWorkers(functions, 1) as workers:
         yield workers
 
 
-def manager(
-    engines: list[SeededEngine], rewards: RewardWorkers, tokenizer: ChatTokenizer, timeout_s: float
-) -> RolloutManager:
-    made = RolloutManager(engines, rewards, tokenizer, SAMPLING, 4, timeout_s)
-    made.version = 5
-    return made
+class Stream:
+    """Deals a list of prompts once."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts, self.position = list(prompts), 0
+
+    def take(self, n: int) -> list[Prompt]:
+        self.position += n
+        return self.prompts[self.position - n : self.position]
+
+    def put_back(self, n: int) -> None:
+        self.position -= n
+
+
+SETTINGS = RolloutSettings(
+    sampling=SAMPLING,
+    num_prompts=6,
+    samples_per_prompt=4,
+    dynamic_sampling=False,
+    over_sampling=0,
+    resample=False,
+    timeout_s=30,
+)
+
+
+@pytest.fixture
+def draw(rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]) -> Draw:
+    def one_step(
+        engines: Sequence[SeededEngine], reward: str = "", **changes: Any
+    ) -> RolloutResult:
+        settings = replace(SETTINGS, **changes)
+        manager = RolloutManager(engines, rewards, tokenizer, settings)
+        manager.version = 5
+        return manager.generate(Stream([replace(p, reward=reward) for p in prompts]))
+
+    return one_step
+
+
+def all_samples(result: RolloutResult) -> list[Sample]:
+    return [sample for group in result.groups for sample in group.samples]
 
 
 def test_samples_do_not_depend_on_the_number_of_engines(
-    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
+    draw: Draw, tokenizer: ChatTokenizer, prompts: list[Prompt]
 ) -> None:
-    one = manager([SeededEngine("a")], rewards, tokenizer, 30).generate(prompts)
+    one = draw([SeededEngine("a")])
     engines = [SeededEngine(name) for name in "abc"]
-    three = manager(engines, rewards, tokenizer, 30).generate(prompts)
-    assert one == three
+    three = draw(engines)
+    assert one.groups == three.groups
     assert [engine.num_served for engine in engines] == [8, 8, 8]
-    assert [len(group.samples) for group in one] == [4] * 6
-    for prompt, group in zip(prompts, one, strict=True):
-        assert {sample.prompt for sample in group.samples} == {prompt}
+    assert [len(group.samples) for group in one.groups] == [4] * 6
+    for prompt, group in zip(prompts, one.groups, strict=True):
+        assert all(sample.prompt == prompt for sample in group.samples)
         assert len({sample.completion.tokens for sample in group.samples}) > 1
         for sample in group.samples:
             assert sample.text == tokenizer.decode(sample.completion.tokens)
             assert sample.verdict.reward == len(sample.text)
 
 
-def test_a_stale_version_is_refused(
+def test_a_prompt_dealt_twice_in_a_step_draws_other_samples(
     rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
 ) -> None:
-    engines = [SeededEngine("fresh"), SeededEngine("stale", version=4)]
+    manager = RolloutManager([SeededEngine("a")], rewards, tokenizer, SETTINGS)
+    manager.version = 5
+    first, *_, again = manager.generate(Stream([*prompts[:5], prompts[0]])).groups
+    assert first.samples[0].prompt == again.samples[0].prompt
+    assert {s.completion.tokens for s in first.samples} != {
+        s.completion.tokens for s in again.samples
+    }
+
+
+def test_answers_without_a_verdict_are_drawn_again(draw: Draw) -> None:
+    plain = draw([SeededEngine("a")], "often")
+    again = draw([SeededEngine("a")], "often", resample=True)
+    missing = [not sample.verdict.valid for sample in all_samples(plain)]
+    assert 4 < sum(missing) < 20
+    for before, after in zip(all_samples(plain), all_samples(again), strict=True):
+        assert before == after or (not before.verdict.valid and before.text != after.text)
+    assert sum(not sample.verdict.valid for sample in all_samples(again)) < sum(missing)
+    assert again.metrics["reward/resampled"] >= sum(missing)
+
+
+def test_drawing_again_ends(draw: Draw) -> None:
+    engine = SeededEngine("a")
+    result = draw([engine], "never", resample=True)
+    assert engine.num_served == 24 * (1 + MAX_RESAMPLES)
+    assert {sample.verdict.reason for sample in all_samples(result)} == {"error: RuntimeError"}
+
+
+def test_a_group_reward_sees_the_whole_group(draw: Draw) -> None:
+    for group in draw([SeededEngine("a"), SeededEngine("b")], "rank").groups:
+        texts = [sample.text for sample in group.samples]
+        for sample in group.samples:
+            assert sample.verdict.valid
+            assert texts[texts.index(sample.text)] == sorted(texts)[int(sample.verdict.reward)]
+
+
+def test_a_stale_version_is_refused(draw: Draw) -> None:
     with pytest.raises(RolloutError, match=r"stale .* version 4; the policy is at version 5"):
-        manager(engines, rewards, tokenizer, 30).generate(prompts)
+        draw([SeededEngine("fresh"), SeededEngine("stale", version=4)])
 
 
-def test_an_abort_nobody_asked_for_is_refused(
-    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
-) -> None:
+def test_an_abort_nobody_asked_for_is_refused(draw: Draw) -> None:
     with pytest.raises(RolloutError, match="aborted prompt"):
-        manager([SeededEngine("a", finish=Finish.abort)], rewards, tokenizer, 30).generate(prompts)
+        draw([SeededEngine("a", finish=Finish.abort)])
 
 
-def test_the_deadline_names_the_engine_that_is_late(
-    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
-) -> None:
+def test_the_deadline_names_the_engine_that_is_late(draw: Draw) -> None:
     slow = SeededEngine("slow")
     slow.stuck = True
     with pytest.raises(RolloutError, match=r"12 of 24 samples are missing .*: 12 on slow"):
-        manager([SeededEngine("quick"), slow], rewards, tokenizer, 1.5).generate(prompts)
+        draw([SeededEngine("quick"), slow], timeout_s=1.5)
+    assert slow.num_aborts == 1  # its requests are not left behind
 
 
 def test_seeds_differ_by_every_part() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.rollout.reward_check import Thinking
-from miles_lite.rollout.rewards import RewardWorkers, load_reward, preflight
-from miles_lite.types import Verdict
+from miles_lite.config import RewardFunction
+from miles_lite.rollout.reward_check import Thinking, preflight
+from miles_lite.rollout.reward_worker import load_reward
+from miles_lite.rollout.rewards import RewardWorkers
+from miles_lite.types import Prompt, Verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,17 +31,17 @@ UNSAID = "Put it in <think></think>.<|im_end|>\n<|im_start|>assistant\n"
     ],
 )
 def test_preflight_passes(name: str, prompt: str, thinking: Thinking, needs_thinking: bool) -> None:
-    reward = load_reward(ROOT / "rewards" / f"{name}.py", name)
+    reward = load_reward(ROOT / "rewards" / f"{name}.py", name).call
     check = preflight(reward, prompt, "34")
     assert (check.thinking, check.needs_thinking) == (thinking, needs_thinking)
 
 
 def test_preflight_refuses_a_reward_behind_thinking_without_thinking() -> None:
-    deepscaler = load_reward(ROOT / "rewards" / "deepscaler.py", "deepscaler")
+    deepscaler = load_reward(ROOT / "rewards" / "deepscaler.py", "deepscaler").call
     with pytest.raises(
         ValueError, match=r"deepscaler can never.*<think></think>.*rewards/math\.py"
     ):
-        preflight(deepscaler, CLOSED, "34")
+        preflight(deepscaler, CLOSED, "34", name="deepscaler")
 
 
 def test_preflight_refuses_a_reward_blind_behind_thinking() -> None:
@@ -59,6 +61,11 @@ def test_preflight_tells_why_there_is_no_verdict() -> None:
 
 
 def test_preflight_takes_graded_verdicts_of_workers() -> None:
-    with RewardWorkers(ROOT / "rewards" / "deepscaler.py", "deepscaler", 1) as workers:
-        check = preflight(lambda r, label: asyncio.run(workers.grade(r, label)), OPENED, "34")
+    deepscaler = RewardFunction(file=ROOT / "rewards" / "deepscaler.py", function="deepscaler")
+    with RewardWorkers({"": deepscaler}, 1) as workers:
+
+        def grade(response: str, label: str) -> Verdict:
+            return asyncio.run(workers.grade(Prompt("", (), OPENED, label, "", {}), response))
+
+        check = preflight(grade, OPENED, "34")
     assert [attempt.response for attempt in check.winners] == ["So that is it.</think>\\boxed{34}"]

@@ -11,11 +11,14 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from miles_lite.rollout.rewards import RewardLimits, RewardWorkers, load_reward
-from miles_lite.types import Verdict
+from miles_lite.config import RewardFunction
+from miles_lite.rollout.reward_worker import load_reward
+from miles_lite.rollout.rewards import MAX_ASIDE, PATIENCE_S, RewardLimits, RewardWorkers
+from miles_lite.types import Prompt, Verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,13 +61,27 @@ def obey(tmp_path: Path) -> Path:
 @pytest.fixture
 def workers(obey: Path) -> Iterator[RewardWorkers]:
     limits = RewardLimits(timeout_s=1.5, memory_bytes=512 << 20, response_len=100_000)
-    with RewardWorkers(obey, "obey", 2, limits) as workers:
+    with pool(obey, "obey", 2, limits) as workers:
         yield workers
+
+
+def ask(label: str = "1", *, reward: str = "", text: str = "", **metadata: Any) -> Prompt:
+    return Prompt("", (), text, label, reward, metadata)
+
+
+ASK = ask()
+
+
+def pool(
+    file: Path, function: str, num_workers: int = 1, limits: RewardLimits | None = None, **options
+) -> RewardWorkers:
+    reward = RewardFunction(file=file, function=function, options=options)
+    return RewardWorkers({"": reward}, num_workers, limits)
 
 
 def grade_all(workers: RewardWorkers, responses: list[str]) -> list[Verdict]:
     async def grades() -> list[Verdict]:
-        return await asyncio.gather(*(workers.grade(response, "1") for response in responses))
+        return await asyncio.gather(*(workers.grade(ASK, response) for response in responses))
 
     return asyncio.run(grades())
 
@@ -111,10 +128,10 @@ def test_only_the_stuck_answer_times_out(workers: RewardWorkers, word: str) -> N
 
 def test_other_lanes_proceed_while_one_is_stuck(workers: RewardWorkers) -> None:
     async def race() -> tuple[bool, Verdict]:
-        stuck = asyncio.create_task(workers.grade("sleep 60", "1"))
+        stuck = asyncio.create_task(workers.grade(ASK, "sleep 60"))
         await asyncio.sleep(0.1)
         for i in range(20):
-            assert (await workers.grade(f"value {i}", "1")).reward == i
+            assert (await workers.grade(ASK, f"value {i}")).reward == i
         return stuck.done(), await stuck
 
     was_done, verdict = asyncio.run(race())
@@ -130,7 +147,7 @@ def test_the_limit_is_for_each_answer_not_for_a_batch(workers: RewardWorkers) ->
 @pytest.mark.parametrize("word", ["exit", "sysexit", "segfault", "memory", "hoard"])
 def test_a_crash_costs_one_answer(obey: Path, word: str) -> None:
     limits = RewardLimits(timeout_s=30, memory_bytes=256 << 20)
-    with RewardWorkers(obey, "obey", 2, limits) as workers:
+    with pool(obey, "obey", 2, limits) as workers:
         verdicts = grade_all(workers, ["value 1", "value 2", word, "value 3", "value 4"])
     assert verdicts == [
         Verdict(1.0, ""),
@@ -192,37 +209,115 @@ def test_verdicts_are_remembered_and_failures_are_not(
 
 def test_memory_of_verdicts_is_bounded(obey: Path, tmp_path: Path) -> None:
     count = f"count {tmp_path / 'counter'}"
-    with RewardWorkers(obey, "obey", 1, RewardLimits(cache_len=2)) as workers:
+    with pool(obey, "obey", 1, RewardLimits(cache_len=2)) as workers:
         assert [grade(workers, r).reward for r in (count, "a", count, "b", count)] == [1] * 5
         grade_all(workers, ["c", "d"])
         assert grade(workers, count).reward == 2.0
-    with RewardWorkers(obey, "obey", 1, RewardLimits(cache_len=0)) as workers:
+    with pool(obey, "obey", 1, RewardLimits(cache_len=0)) as workers:
         assert [grade(workers, count).reward for _ in range(2)] == [3.0, 4.0]
 
 
 def test_a_cancelled_grade_leaves_the_rest_alone(workers: RewardWorkers) -> None:
     async def cancel() -> Verdict:
-        task = asyncio.create_task(workers.grade("sleep 0.5", "1"))
+        task = asyncio.create_task(workers.grade(ASK, "sleep 0.5"))
         await asyncio.sleep(0.1)
         task.cancel()
-        return await workers.grade("value 5", "1")
+        return await workers.grade(ASK, "value 5")
 
     assert asyncio.run(cancel()) == Verdict(5.0, "")
     assert grade(workers, "value 6") == Verdict(6.0, "")
 
 
-def test_labels_keep_their_type(tmp_path: Path) -> None:
-    (tmp_path / "kind.py").write_text(
-        "def kind(response, label): return [str, int, float, type(None)].index(type(label))"
+MANY = """
+def length(response, label): return float(len(response))
+def asks(response, label, prompt, *, metadata, scale): return scale * (len(prompt) + metadata["n"])
+def rank(responses, label): return [sorted(responses).index(r) for r in responses]
+def short(responses, label): return [1.0]
+def strict(responses, label): raise KeyError(label)
+"""
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Iterator[RewardWorkers]:
+    file = tmp_path / "many.py"
+    file.write_text(MANY)
+    functions = {
+        "": RewardFunction(file=file, function="length"),
+        "asks": RewardFunction(file=file, function="asks", options={"scale": 0.5}),
+        **{name: RewardFunction(file=file, function=name) for name in ("rank", "short", "strict")},
+    }
+    with RewardWorkers(functions, 2) as workers:
+        yield workers
+
+
+def test_a_prompt_chooses_its_reward_and_is_shown_to_it(many: RewardWorkers) -> None:
+    asks = ask(reward="asks", text="abcd", n=6)
+    other = ask(reward="asks", text="abcdef", n=6)
+
+    async def verdicts() -> list[Verdict]:
+        return [await many.grade(prompt, "xyz") for prompt in (ASK, asks, other, asks)]
+
+    assert [verdict.reward for verdict in asyncio.run(verdicts())] == [3.0, 5.0, 6.0, 5.0]
+    with pytest.raises(ValueError, match="no reward 'asked' .* asks"):
+        asyncio.run(many.grade(ask(reward="asked"), "xyz"))
+
+
+def test_a_group_is_scored_as_a_whole(many: RewardWorkers) -> None:
+    def scores(reward: str) -> list[Verdict]:
+        return asyncio.run(many.grade_group(ask(reward=reward), ["b", "c", "aa"]))
+
+    assert many.scores_groups("rank") and not many.scores_groups("")
+    assert scores("rank") == [Verdict(1.0, ""), Verdict(2.0, ""), Verdict(0.0, "")]
+    assert scores("short") == [Verdict(0.0, "bad_count: 1")] * 3
+    assert scores("strict") == [Verdict(0.0, "error: KeyError")] * 3
+    assert scores("") == [Verdict(1.0, ""), Verdict(1.0, ""), Verdict(2.0, "")]
+
+
+def test_nobody_waits_behind_slow_answers(workers: RewardWorkers) -> None:
+    """More stuck answers than workers; each is set aside after a moment, all time out at once."""
+    finished: dict[str, float] = {}
+    begin = time.monotonic()
+
+    async def one(response: str) -> Verdict:
+        verdict = await workers.grade(ASK, response)
+        finished[response] = time.monotonic() - begin
+        return verdict
+
+    async def race() -> list[Verdict]:
+        stuck = [f"sleep 6{i}" for i in range(4)]
+        return await asyncio.gather(*map(one, [*stuck, *(f"value {i}" for i in range(40))]))
+
+    verdicts = asyncio.run(race())
+    assert verdicts[:4] == [Verdict(0.0, "timeout")] * 4
+    assert [verdict.reward for verdict in verdicts[4:]] == list(range(40))
+    assert MAX_ASIDE >= 4
+    quick = max(finished[f"value {i}"] for i in range(40))
+    assert quick < 2 * PATIENCE_S + 4  # two rounds of patience and new workers, under load
+    assert max(finished.values()) < 2 * PATIENCE_S + 1.5 + 4
+
+
+def test_a_reward_may_use_signals(tmp_path: Path) -> None:
+    """Libraries bound their own time with an alarm, which works in the main thread only."""
+    (tmp_path / "alarmed.py").write_text(
+        """
+import signal, time
+
+def alarmed(response, label):
+    def late(*_): raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        time.sleep(float(response))
+    except TimeoutError:
+        return -1.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return 1.0
+"""
     )
-
-    async def kinds(workers: RewardWorkers) -> list[float]:
-        return [(await workers.grade("", label)).reward for label in ("1", 1, 1.0, None)]
-
-    with RewardWorkers(tmp_path / "kind.py", "kind", 1) as workers:
-        assert asyncio.run(kinds(workers)) == [0, 1, 2, 3]
-        with pytest.raises(TypeError, match="list"):
-            asyncio.run(workers.grade("", ["1"]))  # pyright: ignore
+    with pool(tmp_path / "alarmed.py", "alarmed") as workers:
+        verdicts = grade_all(workers, ["0", "30", "0.0"])
+    assert [verdict.reward for verdict in verdicts] == [1.0, -1.0, 1.0]
 
 
 # ------------------------------------------------------------------ processes
@@ -257,12 +352,12 @@ def cpu_ticks(pid: int) -> int:
 
 def test_close_kills_the_workers_and_ends_the_waiting(obey: Path) -> None:
     async def close_early(workers: RewardWorkers) -> list[object]:
-        tasks = [asyncio.create_task(workers.grade(f"sleep 6{i}", "1")) for i in range(9)]
+        tasks = [asyncio.create_task(workers.grade(ASK, f"sleep 6{i}")) for i in range(9)]
         await asyncio.sleep(0.3)
         await asyncio.to_thread(workers.close)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    workers = RewardWorkers(obey, "obey", 2)
+    workers = pool(obey, "obey", 2)
     pids = workers.pids
     start = time.monotonic()
     outcomes = asyncio.run(close_early(workers))
@@ -280,13 +375,17 @@ def test_no_worker_outlives_its_parent(obey: Path, busy: str) -> None:
     script = f"""
         import asyncio, os, signal
         from pathlib import Path
+        from miles_lite.config import RewardFunction
         from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
+        from miles_lite.types import Prompt
 
         async def run():
-            workers = RewardWorkers(Path({str(obey)!r}), "obey", 2, RewardLimits(timeout_s=60))
+            obey = RewardFunction(file=Path({str(obey)!r}), function="obey")
+            workers = RewardWorkers({{"": obey}}, 2, RewardLimits(timeout_s=60))
             print(*workers.pids, flush=True)
             if {busy!r}:
-                asyncio.gather(*(workers.grade({busy!r}, str(i)) for i in range(2)))
+                asks = [Prompt("", (), "", str(i), "", {{}}) for i in range(2)]
+                asyncio.gather(*(workers.grade(ask, {busy!r}) for ask in asks))
                 await asyncio.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -315,8 +414,8 @@ def test_a_file_may_have_any_name_and_neighbours(tmp_path: Path) -> None:
         "def score(response, label, scale=1): return double(math.sqrt(len(response)))\n"
     )
     reward = load_reward(tmp_path / "my-reward.py", "score")
-    assert reward("abcd", "") == 4.0
-    with RewardWorkers(tmp_path / "my-reward.py", "score", 1) as workers:
+    assert reward.call("abcd", "") == 4.0
+    with pool(tmp_path / "my-reward.py", "score", 1) as workers:
         assert grade(workers, "abcd") == Verdict(4.0, "")
 
 
@@ -324,7 +423,7 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "fixed.py"
     for value in (1.0, 25.0):
         file.write_text(f"def fixed(response, label): return {value}")
-        assert load_reward(file, "fixed")("", "") == value
+        assert load_reward(file, "fixed").call("", "") == value
 
 
 @pytest.mark.parametrize(
@@ -347,7 +446,21 @@ def test_unfit_files_are_refused(tmp_path: Path, code: str, function: str, messa
     with pytest.raises(ValueError, match=message):
         load_reward(tmp_path / "score.py", function)
     with pytest.raises(ValueError, match=message):
-        RewardWorkers(tmp_path / "score.py", function, 1)
+        pool(tmp_path / "score.py", function, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"urll": "x"}, "no option 'urll' .*did you mean 'url'"),
+        ({}, "missing a required argument: 'url'"),
+        ({"label": "x"}, "no option 'label'"),
+    ],
+)
+def test_unfit_options_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    (tmp_path / "score.py").write_text("def score(response, label, *, url, prompt=''): return 1")
+    with pytest.raises(ValueError, match=message):
+        load_reward(tmp_path / "score.py", "score", options)
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
@@ -359,7 +472,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
 def test_a_worker_that_dies_at_start_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "dead.py").write_text("import os\nos._exit(1)")
     with pytest.raises(ValueError, match="crash"):
-        RewardWorkers(tmp_path / "dead.py", "dead", 2)
+        pool(tmp_path / "dead.py", "dead", 2)
 
 
 # ------------------------------------------------------------------ together
@@ -373,10 +486,12 @@ def test_hostile_answers_through_workers(tmp_path: Path) -> None:
     responses = [f"</think>\\boxed{{{answer}}}" for answer in hostile]
 
     async def grades(workers: RewardWorkers) -> list[Verdict]:
-        return await asyncio.gather(*(workers.grade(response, "x+1") for response in responses))
+        return await asyncio.gather(
+            *(workers.grade(ask("x+1"), response) for response in responses)
+        )
 
     limits = RewardLimits(timeout_s=60)  # sympy is imported meanwhile
-    with RewardWorkers(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2, limits) as workers:
+    with pool(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2, limits) as workers:
         verdicts = asyncio.run(grades(workers))
     refused, wrong = Verdict(0.0, "error: TooLarge"), Verdict(0.0, "")
     assert verdicts == [refused, refused, wrong, wrong, wrong]

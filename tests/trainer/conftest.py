@@ -111,7 +111,18 @@ def _micro_batches(vocab_size: int) -> list[MicroBatch]:
             prompt_len = draw.randint(1, length - 1)
             tokens = tuple(draw.randrange(vocab_size) for _ in range(length))
             logprobs = (0.0,) * (length - prompt_len)
-            sequences.append(TrainSequence(tokens, prompt_len, logprobs, 0.0, sample))
+            sequences.append(
+                TrainSequence(
+                    tokens=tokens,
+                    prompt_len=prompt_len,
+                    logprobs=logprobs,
+                    sample=sample,
+                    group=0,
+                    reward=0.0,
+                    advantage=0.0,
+                    counts=True,
+                )
+            )
             sample += 1
         weights = tuple(draw.uniform(-1, 1) for _ in group)
         micro_batches.append(MicroBatch(tuple(sequences), weights))

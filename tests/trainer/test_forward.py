@@ -21,7 +21,10 @@ from tests.trainer.test_model import CHUNK, CPU, ONE, dims, load
 
 
 def _sequence(tokens: tuple[int, ...], prompt_len: int) -> TrainSequence:
-    return TrainSequence(tokens, prompt_len, (0.0,) * (len(tokens) - prompt_len), 0.0, 0)
+    logprobs = (0.0,) * (len(tokens) - prompt_len)
+    return TrainSequence(
+        tokens, prompt_len, logprobs, sample=0, group=0, reward=0.0, advantage=0.0, counts=True
+    )
 
 
 # ---- packing

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from miles_lite.algo.drift import rollout_drift, update_drift
-from miles_lite.algo.losses import LogProbs, LossSettings, Responses, policy_loss, responses
+from miles_lite.algo.losses import LogProbs, LossSettings, policy_loss, responses
+from miles_lite.config import AlgoConfig
 from miles_lite.metrics import Max, Mean, Partial, Sum, merge
 from miles_lite.trainer.megatron.forward import forward_step, packed
 from miles_lite.trainer.megatron.messages import RankReport
 from miles_lite.trainer.megatron.optimizer import NonFiniteError, Optimizer
+from miles_lite.trainer.megatron.token_credit import Facts, Known, token_credit
 from miles_lite.types import MicroBatch
 
 Share = Sequence[Sequence[MicroBatch]]  # [update][micro-batch] of one DP rank
@@ -28,7 +31,7 @@ Share = Sequence[Sequence[MicroBatch]]  # [update][micro-batch] of one DP rank
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    loss: LossSettings
+    algo: AlgoConfig
     temperature: float
     chunk_tokens: int  # fp32 logits exist for this many tokens at a time
 
@@ -62,19 +65,23 @@ class Step:
         old = [self._forward_only(micro_batches) for micro_batches in share]
         after_old = time.perf_counter()
         reference = self._reference_logprobs(share)
-        report = self._drift(share, old)
-        begin_train = time.perf_counter()
-        for index, micro_batches in enumerate(share):
-            report = merge(report, self._update(micro_batches, old[index], reference[index]))
-        times = {
-            "perf/log_probs_time": Max(after_old - begin),
-            "perf/actor_train_time": Max(time.perf_counter() - begin_train),
-        }
+        times = {"perf/log_probs_time": Max(after_old - begin)}
         if self._reference:
-            times["perf/ref_log_probs_time"] = Max(begin_train - after_old)
+            times["perf/ref_log_probs_time"] = Max(time.perf_counter() - after_old)
+        known, report = self._know(share, old, reference)
+        begin_train = time.perf_counter()
+        for micro_batches, facts in zip(share, known, strict=True):
+            report = merge(report, self._update(micro_batches, facts))
+        times["perf/actor_train_time"] = Max(time.perf_counter() - begin_train)
         if not self._reports:
             return RankReport(dict(times), {})
         return RankReport(merge(report, times), _by_sample(share, old))
+
+    def refresh_reference(self) -> None:
+        """From now on the KL is to the policy as it is."""
+        params = self._ddp.module.parameters()
+        for frozen, param in zip(self._reference, params, strict=True):
+            frozen.copy_(param.data)
 
     # -------------------------------------------------------------- forward only
 
@@ -99,49 +106,54 @@ class Step:
             param.data.copy_(own)
         return logprobs
 
-    def _drift(self, share: Share, old: list[list[torch.Tensor]]) -> dict[str, Partial]:
-        """Trainer against engine: same weights, same tokens, before anything is trained."""
+    def _know(
+        self, share: Share, old: list[list[torch.Tensor]], reference: list[list[torch.Tensor]]
+    ) -> tuple[Facts, dict[str, Partial]]:
+        """All that the updates need and all that is to be said before the first of them. Only the
+        last pipeline stage knows anything; there it is a collective over DP ranks."""
+        if not self._computes_loss:
+            return [[] for _ in share], {}
+        facts: Facts = [
+            [
+                Known(m, responses(m, self._device), o, r)
+                for m, o, r in zip(micro_batches, ours, theirs or repeat(None), strict=False)
+            ]
+            for micro_batches, ours, theirs in zip(share, old, reference, strict=True)
+        ]
+        facts = token_credit(facts, self._settings.algo)
         if not self._reports:
-            return {}
-        parts = []
-        for micro_batches, logprobs in zip(share, old, strict=True):
-            for micro_batch, ours in zip(micro_batches, logprobs, strict=True):
-                seen = responses(micro_batch, self._device)
-                # a later update weighs its tokens anew: the mean is over all updates of the step
-                parts.append(rollout_drift(ours, seen.rollout_logprobs, seen.weights))
-                parts.append(_sample_means("rollout/log_probs", ours, seen))
-                parts.append(
-                    _sample_means("rollout/rollout_log_probs", seen.rollout_logprobs, seen)
-                )
-        return merge(*parts)
+            return facts, {}
+        return facts, merge(*(_before_training(known) for known in chain.from_iterable(facts)))
 
     # -------------------------------------------------------------- one update
 
     def _update(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        old: list[torch.Tensor],
-        reference: list[torch.Tensor],
+        self, micro_batches: Sequence[MicroBatch], facts: Sequence[Known]
     ) -> dict[str, Partial]:
         self._ddp.zero_grad_buffer()
         self._optimizer.inner.zero_grad()
         parts: list[dict[str, Partial]] = []
+        algo, loss_settings = self._settings.algo, LossSettings.of(self._settings.algo)
         # Megatron averages over micro-batches and DP ranks; token weights already normalise
         scale = len(micro_batches) * groups.get_data_parallel_world_size()
 
         def loss_of(index: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
             def loss(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                seen = responses(micro_batches[index], self._device)
+                known, seen = facts[index], facts[index].seen
+                engine = seen.rollout_logprobs
                 logprobs = LogProbs(
                     current=out[0],
-                    old=old[index],
-                    reference=reference[index] if reference else None,
+                    old=known.old if algo.old_logprobs == "trainer" else engine,
+                    rollout=engine,
+                    reference=known.reference,
                     entropy=out[1],
                 )
                 value, metrics = policy_loss(
-                    logprobs, seen.advantages, seen.weights, self._settings.loss
+                    logprobs, seen.advantages, seen.weights, seen.lengths, loss_settings
                 )
-                parts.append(_update_metrics(metrics, out[0].detach(), old[index], seen))
+                parts.append(metrics)
+                current, before = (known.of_trained(x) for x in (out[0].detach(), logprobs.old))
+                parts.append(update_drift(current, before, known.trained_lengths))
                 # the schedule divides the returned loss in place: it gets one of its own
                 return value * scale, value.detach()
 
@@ -193,14 +205,6 @@ class Step:
         )
 
 
-def _update_metrics(
-    metrics: dict[str, torch.Tensor], current: torch.Tensor, old: torch.Tensor, seen: Responses
-) -> dict[str, Partial]:
-    """Sums of one micro-batch; token weights make them means over the update."""
-    sums: dict[str, Partial] = {name: Sum(float(value)) for name, value in metrics.items()}
-    return merge(sums, update_drift(current, old, seen.lengths))
-
-
 def _mean_over_updates(parts: list[dict[str, Partial]]) -> Iterator[dict[str, Partial]]:
     """Sums over an update's micro-batches and ranks are means of that update: keep the divisor.
 
@@ -214,10 +218,28 @@ def _mean_over_updates(parts: list[dict[str, Partial]]) -> Iterator[dict[str, Pa
             yield {name: partial}
 
 
-def _sample_means(name: str, values: torch.Tensor, seen: Responses) -> dict[str, Partial]:
+def _before_training(known: Known) -> dict[str, Partial]:
+    """Trainer against engine: same weights, same tokens, before anything is trained; and what the
+    loss is going to use as advantages."""
+    ours, engine = known.of_trained(known.old), known.of_trained(known.seen.rollout_logprobs)
+    means = {
+        "rollout/log_probs": ours,
+        "rollout/rollout_log_probs": engine,
+        "rollout/advantages": known.of_trained(known.seen.advantages),
+    }
+    if known.reference is not None:
+        means["rollout/ref_log_probs"] = known.of_trained(known.reference)
+    lengths = known.trained_lengths
+    return merge(
+        rollout_drift(ours, engine, lengths),
+        {name: _sample_mean(values, lengths) for name, values in means.items()},
+    )
+
+
+def _sample_mean(values: torch.Tensor, lengths: Sequence[int]) -> Mean:
     """Mean over samples of the mean over their tokens."""
-    means = [v.double().mean() for v in values.split(seen.lengths) if v.numel()]
-    return {name: Mean(float(sum(means)), len(means))}
+    means = [v.double().mean() for v in values.split(list(lengths)) if v.numel()]
+    return Mean(float(sum(means)), len(means))
 
 
 def _by_sample(share: Share, old: list[list[torch.Tensor]]) -> dict[int, list[float]]:

@@ -70,20 +70,9 @@ class MegatronWorker:
         self._optimizer.reload_masters()
         self._memory = memory.DeviceMemory(ddp, self._device)
         reference = []
-        if spec.algo.kl_loss_coef:
+        if spec.algo.needs_reference:
             reference = [p.data.to("cpu", copy=True) for p in ddp.module.parameters()]
-        settings = step.Settings(
-            step.LossSettings(
-                eps_clip=spec.algo.eps_clip,
-                eps_clip_high=spec.algo.eps_clip_high,
-                eps_clip_c=spec.algo.eps_clip_c,
-                kl_loss_coef=spec.algo.kl_loss_coef,
-                kl_loss_type=spec.algo.kl_loss_type,
-                entropy_coef=spec.algo.entropy_coef,
-            ),
-            spec.temperature,
-            spec.train.logprob_chunk_tokens,
-        )
+        settings = step.Settings(spec.algo, spec.temperature, spec.train.logprob_chunk_tokens)
         self._step = step.Step(ddp, self._optimizer, settings, reference, self._device)
 
     def _load(self, checkpoint: HfCheckpoint) -> None:
@@ -110,6 +99,9 @@ class MegatronWorker:
     def step(self, share: Any) -> Any:
         """Train on this rank's share of the batch ([update][micro-batch]); returns a RankReport."""
         return self._step(share)
+
+    def refresh_reference(self) -> None:
+        self._step.refresh_reference()
 
     def enter(self, phase: Phase) -> dict[str, int]:
         """Free or take memory as `phase` says; bytes held afterwards by kind."""

@@ -1,0 +1,114 @@
+"""Dynamic sampling (DAPO, section 3.2): draw groups until enough of them teach something.
+
+Kept are the first groups, in the order their prompts were dealt, whose rewards differ. Whoever
+keeps the first that *finish* prefers short answers, and never draws the same step twice. Prompts
+that were asked ahead and not looked at go back to the stream, so none is lost, and where the stream
+stands does not depend on timing either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from miles_lite.protocols import Metrics, PromptStream
+from miles_lite.types import Group, Prompt
+
+MAX_SPENT = 10  # prompts spent per prompt wanted, then giving up
+MIN_STD = 1e-8  # of the rewards of a group that teaches something
+
+
+class NothingToKeep(RuntimeError):
+    """Too many prompts in a row gave groups of equal rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """`kept` as asked for, what was dropped on the way, and how many prompts were put back."""
+
+    kept: tuple[Group, ...]
+    dropped: tuple[Group, ...]
+    num_put_back: int
+
+    def metrics(self) -> Metrics:
+        """rollout/prompts_per_kept is the cost: prompts drawn in full per prompt trained on."""
+        reasons = Counter(drop_reason(group) for group in self.dropped)
+        return {
+            "rollout/prompts_per_kept": 1 + len(self.dropped) / len(self.kept),
+            "rollout/prompts_put_back": float(self.num_put_back),
+            **{f"rollout/dynamic_filter/drop_{why}": float(n) for why, n in reasons.items()},
+        }
+
+
+def drop_reason(group: Group) -> str:
+    """Why a group teaches nothing, "" if it does: verdicts all equal, or hardly any."""
+    rewards = [sample.verdict.reward for sample in group.samples if sample.verdict.valid]
+    if len(rewards) < 2:
+        return "invalid"
+    return "" if statistics.pstdev(rewards) > MIN_STD else f"zero_std_{rewards[0]:.1f}"
+
+
+async def fill(
+    stream: PromptStream,
+    draw: Callable[[Prompt], Awaitable[Group]],
+    *,
+    wanted: int,
+    at_once: int,
+    filtered: bool,
+) -> Filled:
+    """Draw groups of prompts of `stream` until `wanted` are kept; all of them unless `filtered`.
+
+    at_once: prompts asked for whenever those under way can no longer suffice, at least.
+    Cancels what is not needed any more. Raises NothingToKeep after MAX_SPENT x wanted prompts.
+    """
+    tasks: list[asyncio.Future[Group]] = []
+    kept: list[Group] = []
+    dropped: list[Group] = []
+
+    def is_hopeless(task: asyncio.Future[Group]) -> bool:
+        return task.done() and filtered and drop_reason(task.result()) != ""
+
+    try:
+        while len(kept) < wanted:
+            ahead = tasks[len(kept) + len(dropped) :]
+            running = [task for task in ahead if not task.done()]
+            missing = wanted - len(kept)
+            hopeful = len(ahead) - sum(map(is_hopeless, ahead))
+            if ahead and ahead[0].done():
+                (dropped if is_hopeless(ahead[0]) else kept).append(ahead[0].result())
+            elif hopeful < missing:
+                _give_up(kept, dropped, wanted)
+                more = stream.take(max(missing, at_once) - hopeful)
+                tasks += [asyncio.ensure_future(draw(prompt)) for prompt in more]
+            else:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a failure ends the step now, not when its turn has come
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    surplus = len(tasks) - len(kept) - len(dropped)
+    stream.put_back(surplus)
+    return Filled(tuple(kept), tuple(dropped), surplus)
+
+
+def _give_up(kept: list[Group], dropped: list[Group], wanted: int) -> None:
+    if len(dropped) < MAX_SPENT * wanted:
+        return
+    reasons = ", ".join(
+        f"{n} x {why}" for why, n in Counter(map(drop_reason, dropped)).most_common()
+    )
+    mean = statistics.fmean(
+        [s.verdict.reward for g in dropped for s in g.samples if s.verdict.valid] or [math.nan]
+    )
+    raise NothingToKeep(
+        f"dynamic sampling kept {len(kept)} of {wanted} groups from {len(kept) + len(dropped)} "
+        f"prompts ({reasons}; mean reward {mean:.3f}): the task is too easy, too hard, or its "
+        "reward does not fire. Change the data, draw more samples a prompt, or set "
+        "rollout.dynamic_sampling=false"
+    )

@@ -1,0 +1,30 @@
+"""Watches that the rewards say something: a run that learns nothing should not go on for days."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from miles_lite.algo.credit import dead_step_reason, has_signal
+from miles_lite.types import Group, TrainSequence
+
+
+class NoSignalError(RuntimeError):
+    """No sample had an advantage for several steps in a row. Says the likely cause."""
+
+
+class SignalWatch:
+    """max_dead_steps: steps in a row without any advantage that end the run; 0 never does."""
+
+    def __init__(self, max_dead_steps: int) -> None:
+        self._max_dead_steps = max_dead_steps
+        self._num_dead = 0
+
+    def look(self, groups: Sequence[Group], sequences: Sequence[TrainSequence]) -> None:
+        """At every step. Raises NoSignalError."""
+        self._num_dead = 0 if has_signal(sequences) else self._num_dead + 1
+        if self._max_dead_steps and self._num_dead >= self._max_dead_steps:
+            raise NoSignalError(
+                f"{self._num_dead} steps in a row taught nothing, all advantages were 0: "
+                f"{dead_step_reason(groups)}. `miles-lite reward-audit` tells more; "
+                "reward.max_dead_steps=0 goes on regardless"
+            )
