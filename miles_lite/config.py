@@ -6,6 +6,7 @@ sections. Derived values are properties. Imports no torch.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -172,6 +173,12 @@ class SourceConfig:
             raise ConfigError(f"weight = {self.weight}: wanted more than 0")
         if self.prompt_template and "{prompt}" not in self.prompt_template:
             raise ConfigError(f"prompt_template = {self.prompt_template!r} has no {{prompt}}")
+        try:
+            num_groups = re.compile(self.label_pattern).groups
+        except re.error as error:
+            raise ConfigError(f"label_pattern = {self.label_pattern!r}: {error}") from None
+        if self.label_pattern and not num_groups:
+            raise ConfigError(f"label_pattern = {self.label_pattern!r} has no group ( )")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

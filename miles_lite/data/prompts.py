@@ -63,10 +63,22 @@ class PromptSource:
             for key in ("weight", "num_rows", "fingerprint"):
                 if saved[name].get(key) != ours[key]:
                     raise _Different(f"{key} of data set {name}", saved[name].get(key), ours[key])
-        for cursor in self._cursors:
-            place = saved[cursor.source.name]
-            cursor.go_to(int(place["epoch"]), int(place["position"]), int(place["num_dealt"]))
+        places = {c: _place(saved[c.source.name], len(c.source)) for c in self._cursors}
+        for cursor, place in places.items():
+            cursor.go_to(*place)
         self._history.clear()
+
+
+def _place(saved: Mapping[str, Any], num_rows: int) -> tuple[int, int, int]:
+    """Epoch, position and number dealt. Raises ValueError for what no source can have said."""
+    place = (saved.get("epoch", -1), saved.get("position", -1), saved.get("num_dealt", -1))
+    if not all(isinstance(n, int) and n >= 0 for n in place) or place[1] > num_rows:
+        raise ValueError(
+            "cannot resume: the saved prompt position is damaged: epoch = {!r}, position = {!r}, "
+            "num_dealt = {!r}, ".format(*place)
+            + f"of {num_rows} rows"
+        )
+    return place
 
 
 class _Different(ValueError):
@@ -90,8 +102,6 @@ class _Cursor:
         return self._epoch, self._position, self.num_dealt
 
     def go_to(self, epoch: int, position: int, num_dealt: int) -> None:
-        if epoch < 0 or not 0 <= position <= len(self.source):
-            raise ValueError(f"cannot resume: epoch {epoch}, position {position} is out of range")
         if epoch != self._epoch:
             self._order = array("q", range(len(self.source)))
             random.Random(f"{self._seed}/{self.source.name}/{epoch}").shuffle(self._order)

@@ -8,11 +8,11 @@ A path may end in rows, [a:b] or @[a:b], as a Python slice has them.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import json
+import mmap
 import re
+import tempfile
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl
 
 Row = Mapping[str, Any]
 
+_BATCH_ROWS = 1024  # of parquet, held at once while unpacking
 _SLICE = re.compile(r"(?P<path>.+?)@?\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
 
@@ -124,33 +125,37 @@ class _JsonLines:
 
 
 class _Parquet:
-    """Reads a row group at a time, and keeps the last one."""
+    """Rows of a copy, unpacked once into a nameless temporary file that is mapped into memory.
+
+    Parquet itself is read by row groups, often all of a file in one: far too much for one row.
+    """
 
     def __init__(self, file: Path) -> None:
         try:
-            from pyarrow import parquet  # optional: only those with parquet data need it
+            import pyarrow  # optional: only those with parquet data need it
+            from pyarrow import parquet
         except ImportError:
             raise ValueError(f"reading {file} needs pyarrow: pip install pyarrow") from None
-        self._name, self._file = file, parquet.ParquetFile(file)
-        sizes = [
-            self._file.metadata.row_group(group).num_rows
-            for group in range(self._file.num_row_groups)
-        ]
-        self._ends = list(itertools.accumulate(sizes))
-        self._group, self._table = -1, None
+        self._name = file
+        with tempfile.TemporaryFile(prefix="miles-lite-parquet-") as copy:
+            try:
+                packed = parquet.ParquetFile(file, pre_buffer=False)
+                with pyarrow.ipc.new_file(copy, packed.schema_arrow) as writer:
+                    for batch in packed.iter_batches(batch_size=_BATCH_ROWS):
+                        writer.write_batch(batch)
+            except (OSError, pyarrow.ArrowException) as error:
+                raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+            copy.flush()
+            mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
+        self._table = pyarrow.ipc.open_file(mapped).read_all()
         with file.open("rb") as raw:
             self.digest = hashlib.file_digest(raw, "blake2b").hexdigest()[:32]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._table.num_rows
 
     def __getitem__(self, index: int) -> Row:
-        group = bisect.bisect_right(self._ends, index)
-        if group != self._group:
-            self._group, self._table = group, self._file.read_row_group(group)
-        assert self._table is not None
-        start = self._ends[group - 1] if group else 0
-        return self._table.slice(index - start, 1).to_pylist()[0]
+        return self._table.slice(index, 1).to_pylist()[0]
 
     def number(self, index: int) -> int:
         return index

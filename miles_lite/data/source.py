@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,19 +97,19 @@ class Source:
 
     def all(self) -> list[Prompt]:
         """Every prompt; for held-out sets."""
-        found = [self.prompt(index) for index in range(len(self))]
-        return [prompt for prompt in found if prompt is not None]
+        return list(self._short_ones(step=1))
 
     def sample(self, number: int) -> list[Prompt]:
-        """Up to `number` prompts from all over the source, the first one first."""
-        step = max(1, len(self) // number)
-        found: list[Prompt] = []
+        """Up to `number` prompts from all over the source, at least one."""
+        spread = self._short_ones(step=max(1, len(self) // number))
+        found = list(itertools.islice(spread, number))
+        return found or [next(self._short_ones(step=1))]
+
+    def _short_ones(self, step: int) -> Iterator[Prompt]:
+        """Prompts of every `step`th row, but for those that are too long."""
         for index in range(0, len(self), step):
-            if len(found) < number and (prompt := self.prompt(index)) is not None:
-                found.append(prompt)
-        if not found:
-            raise ValueError(self._refusal(f"none of {self._num_seen} prompts is short enough"))
-        return found
+            if (prompt := self.prompt(index)) is not None:
+                yield prompt
 
     def check(self) -> None:
         """Read all rows; tokenise all prompts or a sample. Raises ValueError."""
@@ -123,6 +124,8 @@ class Source:
         for index in measured:
             self.prompt(index)
         self._refuse_too_many(len(measured))
+        if self._too_long == len(measured):
+            raise ValueError(self._refusal("no prompt is short enough"))
         if self._too_long:
             logger.warning(
                 "%s: %d of %d prompts looked at are longer than data.max_prompt_tokens = %d and "
@@ -200,9 +203,9 @@ class Source:
         label = str(value)
         if self._source.label_pattern:
             match = self._label_pattern.search(label)
-            if match is None or not match.groups():
+            if match is None:
                 raise ValueError(
-                    f"{where}: {key} = {short(value)} has no group 1 of label_pattern = "
+                    f"{where}: {key} = {short(value)} does not match label_pattern = "
                     f"{self._source.label_pattern!r}"
                 )
             label = match.group(1)
@@ -213,7 +216,7 @@ class Source:
     def _reward(self, metadata: Mapping[str, Any], where: str) -> str:
         key = next((key for key in REWARD_KEYS if metadata.get(key)), None)
         name = metadata[key] if key else self._source.reward
-        if name not in self._settings.rewards:
+        if not isinstance(name, str) or name not in self._settings.rewards:
             known = ", ".join(sorted(filter(None, self._settings.rewards))) or "none"
             field = f"metadata.{key}" if key else f"data source {self.name}, reward"
             raise ValueError(

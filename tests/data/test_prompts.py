@@ -1,211 +1,178 @@
+"""Prompts are dealt in a seeded order that any position can go on from."""
+
 from __future__ import annotations
 
 import json
-import logging
-import sys
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from miles_lite.data.prompts import PromptSource, load_prompts
+from miles_lite.config import SourceConfig
+from miles_lite.data.prompts import PromptSource
+from miles_lite.data.source import RenderSettings, Source, open_source
 from miles_lite.data.tokenizer import ChatTokenizer
-from miles_lite.types import Prompt
+
+Make = Any  # (name, number of rows, number of rows that are too long) -> Source
 
 
-def row(question: str = "What is 1+2?", label: Any = "3") -> dict[str, Any]:
-    return {"prompt": [{"role": "user", "content": question}], "label": label}
-
-
-def write(path: Path, *rows: Any) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return str(path)
-
-
-def load(path: str, tokenizer: ChatTokenizer, max_prompt_len: int = 100, **keys: Any):
-    options: dict[str, Any] = {"prompt_key": "prompt", "label_key": "label", "template_kwargs": {}}
-    return load_prompts(path, tokenizer, max_prompt_len=max_prompt_len, **(options | keys))
-
-
-def test_a_row_becomes_a_prompt(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    path = write(tmp_path / "a.jsonl", row(), row("What is 2+2?", 4))
-    first, second = load(path, tokenizer)
-    assert first.text.endswith("What is 1+2?<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    assert first.tokens == tokenizer.encode(first.text)
-    assert (first.uid, first.label) == (0, "3")
-    assert (second.uid, second.label) == (1, "4")
-
-
-def test_a_string_is_one_user_turn(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    path = write(tmp_path / "a.jsonl", row(), {"prompt": "What is 1+2?", "label": "3"})
-    chat, plain = load(path, tokenizer)
-    assert chat.text == plain.text
-
-
-def test_keys_and_template_kwargs(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    path = write(tmp_path / "a.jsonl", {"question": "1+2?", "answer": 3.5})
-    (prompt,) = load(
-        path,
-        tokenizer,
-        prompt_key="question",
-        label_key="answer",
-        template_kwargs={"enable_thinking": False},
+@pytest.fixture(scope="session")
+def make(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    folder = tmp_path_factory.mktemp("prompts")
+    render = RenderSettings(
+        tokenizer, {}, max_prompt_tokens=20, max_too_long_ratio=0.9, rewards={""}
     )
-    assert prompt.text.endswith("<think></think>")
-    assert prompt.label == "3.5"
+
+    def source(name: str, num_rows: int, num_long: int = 0, label: str = "x") -> Source:
+        path = folder / f"{name}-{num_rows}-{num_long}-{label}.jsonl"
+        rows = [
+            {"prompt": "What is 1+1?" * (10 if i < num_long else 1), "label": f"{label}{i}"}
+            for i in range(num_rows)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_source(name, SourceConfig(path=str(path)), render)
+
+    return source
 
 
-@pytest.mark.parametrize(
-    ("ends", "uids"),
-    [("1:3", [1, 2]), (":2", [0, 1]), ("3:", [3, 4]), (":", [0, 1, 2, 3, 4]), ("-2:", [3, 4])],
-)
-def test_slices(tmp_path: Path, tokenizer: ChatTokenizer, ends: str, uids: list[int]) -> None:
-    path = write(tmp_path / "a.jsonl", *(row(f"What is {i}+0?", i) for i in range(5)))
-    assert [prompt.uid for prompt in load(f"{path}@[{ends}]", tokenizer)] == uids
+def deal(source: PromptSource, n: int) -> list[str]:
+    return [prompt.uid for prompt in source.take(n)]
 
 
-@pytest.mark.parametrize(
-    ("bad", "complaint"),
-    [
-        ('{"prompt": ', r"a\.jsonl:2: not JSON \(.*\): '\{\"prompt\": "),
-        ("[1, 2]", r"a\.jsonl:2: \[1, 2\] is not a JSON object"),
-        ({"label": "3"}, r"a\.jsonl:2: no key 'prompt'; the row has 'label'"),
-        ({"prompt": "x"}, r"a\.jsonl:2: no key 'label'; the row has 'prompt'"),
-        (row(label=None), r"a\.jsonl:2: label = None is neither a string nor a number"),
-        (row(label=["3"]), r"a\.jsonl:2: label = \['3'\] is neither"),
-        (row(label=True), r"a\.jsonl:2: label = True is neither"),
-        (row(label=" "), r"a\.jsonl:2: label = ' ' is empty"),
-        (row(""), r"a\.jsonl:2: prompt = .* is empty"),
-        ({"prompt": "", "label": "3"}, r"a\.jsonl:2: prompt = '' is empty"),
-        ({"prompt": [], "label": "3"}, r"a\.jsonl:2: prompt = \[\] is empty"),
-        ({"prompt": 7, "label": "3"}, r"a\.jsonl:2: prompt = 7 is neither a string nor"),
-        ({"prompt": [{"role": "user"}], "label": "3"}, r"a\.jsonl:2: prompt = .* is neither"),
-    ],
-)
-def test_bad_rows_are_named(
-    tmp_path: Path, tokenizer: ChatTokenizer, bad: Any, complaint: str
-) -> None:
-    path = write(tmp_path / "a.jsonl", row(), bad)
-    with pytest.raises(ValueError, match=complaint):
-        load(path, tokenizer)
+def one(make: Make, num_rows: int, seed: int = 1, num_long: int = 0) -> PromptSource:
+    return PromptSource([make("set", num_rows, num_long)], [1.0], seed)
 
 
-def test_blank_lines_are_no_rows_but_count_as_lines(
-    tmp_path: Path, tokenizer: ChatTokenizer
-) -> None:
-    path = write(tmp_path / "a.jsonl", row(), "", row(label=None))
-    with pytest.raises(ValueError, match=r"a\.jsonl:3: label"):
-        load(path, tokenizer)
-    assert [prompt.uid for prompt in load(f"{path}@[:1]", tokenizer)] == [0]
-
-
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [("none.jsonl", "no data file .*none.jsonl"), ("a.csv", "neither .jsonl nor .parquet")],
-)
-def test_bad_files_are_named(
-    tmp_path: Path, tokenizer: ChatTokenizer, name: str, complaint: str
-) -> None:
-    (tmp_path / "a.csv").write_text("prompt,label\n")
-    with pytest.raises(ValueError, match=complaint):
-        load(str(tmp_path / name), tokenizer)
-
-
-def test_an_empty_file_or_slice_is_refused(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    path = write(tmp_path / "a.jsonl", row())
-    with pytest.raises(ValueError, match="holds no prompt to use: no rows"):
-        load(f"{path}@[5:]", tokenizer)
-
-
-def test_long_prompts_are_left_out_and_counted(
-    tmp_path: Path, tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write(tmp_path / "a.jsonl", row(), row("What is 1234+5678?"), row())
-    with caplog.at_level(logging.WARNING, logger="miles_lite.data.prompts"):
-        prompts = load(path, tokenizer, max_prompt_len=18)
-    assert [prompt.uid for prompt in prompts] == [0, 2]
-    (record,) = caplog.records
-    assert "left out 1 of 3 prompts" in record.getMessage()
-    with pytest.raises(ValueError, match=r"all are longer than .* = 5"):
-        load(path, tokenizer, max_prompt_len=5)
-
-
-def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    rows = [row(f"What is {i}+0?", str(i)) for i in range(4)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    lines = load(write(tmp_path / "a.jsonl", *rows) + "@[1:]", tokenizer)
-    assert load(f"{tmp_path / 'a.parquet'}@[1:]", tokenizer) == lines
-
-
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match="needs pyarrow: pip install pyarrow"):
-        load(str(tmp_path / "a.parquet"), tokenizer)
-
-
-def some_prompts(num: int, label: str = "x") -> list[Prompt]:
-    return [Prompt(uid=i, tokens=(i,), text=str(i), label=label) for i in range(num)]
-
-
-def test_an_epoch_deals_every_prompt_once() -> None:
-    source = PromptSource(some_prompts(10), seed=1)
-    dealt = [prompt.uid for _ in range(10) for prompt in source.take(3)]  # three epochs
+def test_an_epoch_deals_every_prompt_once(make: Make) -> None:
+    source = one(make, 10)
+    dealt = [uid for _ in range(10) for uid in deal(source, 3)]  # three epochs
     epochs = [dealt[i : i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3  # in new order each time
+    assert all(sorted(epoch) == [f"set:{i}" for i in range(10)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3  # in a new order each time
 
 
-def test_take_may_be_larger_than_an_epoch() -> None:
-    dealt = [prompt.uid for prompt in PromptSource(some_prompts(3), seed=1).take(7)]
-    assert sorted(dealt[:3]) == sorted(dealt[3:6]) == [0, 1, 2]
+def test_take_may_be_larger_than_an_epoch(make: Make) -> None:
+    dealt = deal(one(make, 3), 7)
+    assert sorted(dealt[:3]) == sorted(dealt[3:6]) == ["set:0", "set:1", "set:2"]
 
 
-def test_seed_decides_the_order() -> None:
-    first, same, other = (PromptSource(some_prompts(50), seed=s).take(50) for s in (1, 1, 2))
+def test_long_prompts_are_never_dealt(make: Make) -> None:
+    source = one(make, 10, num_long=4)
+    dealt = deal(source, 12)
+    assert Counter(dealt) == {f"set:{i}": 2 for i in range(4, 10)}
+
+
+def test_seed_and_name_decide_the_order(make: Make) -> None:
+    first, same, other = (deal(one(make, 50, seed), 50) for seed in (1, 1, 2))
     assert first == same != other
+    named = PromptSource([make("other", 50)], [1.0], 1)
+    assert [uid.split(":")[1] for uid in deal(named, 50)] != [uid.split(":")[1] for uid in first]
 
 
-@pytest.mark.parametrize("num_taken", range(0, 25, 3))
-def test_resuming_deals_what_would_have_come(num_taken: int) -> None:
-    source = PromptSource(some_prompts(10), seed=3)
-    source.take(num_taken)
+def test_a_mixture_keeps_its_shares_at_every_moment(make: Make) -> None:
+    weights = {"a": 5.0, "b": 2.0, "c": 0.5}
+    sources = [make(name, size) for name, size in (("a", 10), ("b", 30), ("c", 4))]
+    mixture = PromptSource(sources, list(weights.values()), 7)
+    dealt = [uid.split(":")[0] for uid in deal(mixture, 150)]
+    for end in range(1, 151):
+        counts = Counter(dealt[:end])
+        for name, weight in weights.items():
+            assert abs(counts[name] - end * weight / 7.5) <= 1.5, (end, counts)
+    assert Counter(dealt) == {"a": 100, "b": 40, "c": 10}
+
+
+def test_each_source_of_a_mixture_is_dealt_as_if_alone(make: Make) -> None:
+    mixture = PromptSource([make("set", 10), make("b", 7)], [2.0, 1.0], 1)
+    of_set = [uid for uid in deal(mixture, 36) if uid.startswith("set:")]
+    assert of_set == deal(one(make, 10), len(of_set))
+
+
+def test_prompts_put_back_come_again(make: Make) -> None:
+    source = PromptSource([make("a", 5), make("b", 3)], [1.0, 2.0], 1)
+    first = deal(source, 20)  # over epochs of both
+    for back, (start, _) in zip((3, 17, 0, 20), pairwise((17, 3, 20, 0, 0)), strict=True):
+        source.put_back(back)
+        assert deal(source, back) == first[start if back else 20 :][:back]
+
+
+SMALL = st.integers(0, 9)
+SIZES = ((5, 1.0), (3, 2.0), (1, 0.3))
+
+
+def mixture(make: Make, seed: int = 3) -> PromptSource:
+    sources = [make(f"s{i}", size) for i, (size, _) in enumerate(SIZES)]
+    return PromptSource(sources, [weight for _, weight in SIZES], seed)
+
+
+@settings(deadline=None, max_examples=60)
+@given(taken=st.lists(SMALL, max_size=6), back=SMALL, other=SMALL)
+def test_going_on_from_any_position(
+    make: Make, taken: Sequence[int], back: int, other: int
+) -> None:
+    source = mixture(make)
+    for n in taken:
+        source.take(n)
+    source.put_back(min(back, sum(taken)))
     state = json.loads(json.dumps(source.state()))
-    resumed = PromptSource(some_prompts(10), seed=3)
-    resumed.take(4)  # whatever it did before
+    resumed = mixture(make)
+    resumed.take(other)  # whatever it did before
     resumed.restore(state)
     assert resumed.state() == state
-    assert resumed.take(25) == source.take(25)
+    assert deal(resumed, 25) == deal(source, 25)
+
+
+def test_a_position_in_other_data_is_refused(make: Make) -> None:
+    a, b = make("a", 10), make("b", 10)
+    state = PromptSource([a, b], [1.0, 1.0], 3).state()
+    others = {
+        "seed": PromptSource([a, b], [1.0, 1.0], 4),
+        "data sets": PromptSource([b, a], [1.0, 1.0], 3),
+        "weight of data set b": PromptSource([a, b], [1.0, 2.0], 3),
+        "num_rows of data set a": PromptSource([make("a", 11), b], [1.0, 1.0], 3),
+        "fingerprint of data set a": PromptSource([make("a", 10, 0, "y"), b], [1.0, 1.0], 3),
+    }
+    for what, other in others.items():
+        with pytest.raises(ValueError, match=f"cannot resume: .* has {what} = "):
+            other.restore(state)
 
 
 @pytest.mark.parametrize(
-    ("prompts", "seed", "key"),
+    ("damage", "complaint"),
     [
-        (some_prompts(11), 3, "num_prompts"),
-        (some_prompts(10, label="y"), 3, "fingerprint"),
-        (some_prompts(10)[::-1], 3, "fingerprint"),
-        (some_prompts(10), 4, "seed"),
+        ({"position": 11}, "damaged: epoch = 0, position = 11"),
+        ({"epoch": -1}, "epoch = -1"),
+        ({"num_dealt": None}, "num_dealt = None"),
     ],
 )
-def test_a_position_in_other_data_is_refused(prompts: list[Prompt], seed: int, key: str) -> None:
-    state = PromptSource(some_prompts(10), seed=3).state()
-    with pytest.raises(ValueError, match=f"cannot resume: .* has {key} = "):
-        PromptSource(prompts, seed).restore(state)
+def test_a_damaged_position_is_refused(make: Make, damage: Any, complaint: str) -> None:
+    source = one(make, 10)
+    state = source.state()
+    state["sources"]["set"] |= damage
+    with pytest.raises(ValueError, match=f"cannot resume: .*{complaint}"):
+        source.restore(state)
 
 
-def test_a_damaged_position_is_refused() -> None:
-    source = PromptSource(some_prompts(10), seed=3)
-    with pytest.raises(ValueError, match="lacks epoch"):
-        source.restore({k: v for k, v in source.state().items() if k != "epoch"})
-    with pytest.raises(ValueError, match="position 11 is out of range"):
-        source.restore(source.state() | {"position": 11})
+def test_a_refused_position_leaves_the_source_as_it_was(make: Make) -> None:
+    source, same = mixture(make), mixture(make)
+    state = source.state()
+    state["sources"]["s0"]["position"] = 3
+    state["sources"]["s1"]["position"] = 99
+    with pytest.raises(ValueError, match="position = 99"):
+        source.restore(state)
+    assert deal(source, 10) == deal(same, 10)
 
 
-def test_no_prompts_no_source() -> None:
-    with pytest.raises(ValueError, match="at least one prompt"):
-        PromptSource([], seed=0)
+def test_no_source_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one data set"):
+        PromptSource([], [], seed=0)
+
+
+def test_a_position_is_small_whatever_was_dealt(make: Make, tmp_path: Path) -> None:
+    source = one(make, 10)
+    source.take(1000)
+    assert len(json.dumps(source.state())) < 300

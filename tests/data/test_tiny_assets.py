@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from miles_lite.data.prompts import load_prompts
+from miles_lite.config import SourceConfig
+from miles_lite.data.source import RenderSettings, open_source
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.models.nemotron_h import NemotronH
 
@@ -154,14 +155,9 @@ def test_data(tiny_data: Path, tokenizer: ChatTokenizer) -> None:
             assert row["label"] == str(int(found[1]) + int(found[2]))
         splits[name] = {row["prompt"][0]["content"] for row in rows}
         assert len(splits[name]) == num_rows
-        prompts = load_prompts(
-            f"{tiny_data / name}.jsonl@[:200]",
-            tokenizer,
-            prompt_key="prompt",
-            label_key="label",
-            template_kwargs={},
-            max_prompt_len=19,
-        )
+        source = SourceConfig(path=f"{tiny_data / name}.jsonl[:200]")
+        render = RenderSettings(tokenizer, {}, 19, max_too_long_ratio=0.0, rewards={""})
+        prompts = open_source(name, source, render).all()
         assert len(prompts) == 200
         assert all(tokenizer.decode(prompt.tokens) == prompt.text for prompt in prompts)
     assert not splits["train"] & splits["eval"]
