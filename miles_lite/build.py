@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, RolloutSettings, derive_seed
-from miles_lite.rollout.reward_check import Thinking, preflight
+from miles_lite.rollout.probes import CLOSE, Kind
+from miles_lite.rollout.reward_audit import PROMPTS_PER_SOURCE, Section, audit
 from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
 from miles_lite.trainer.group import TrainerGroup
 from miles_lite.types import Prompt, Sampling
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from miles_lite.rollout.embedded.engine import EmbeddedEngine
 
+PROBED_PROMPTS = 4  # of each source, whether the reward can be won, before every run
 TRAINER_SHARE, ENGINE_SHARE = 0.4, 0.2  # of a device, for Ray's book-keeping only
 
 
@@ -275,29 +277,27 @@ def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
     transformer_config(model, cfg.parallel.dims, DTYPES[cfg.model.dtype], cfg.train.megatron)
 
 
+def audit_reward(cfg: Config, inputs: Inputs) -> list[Section]:
+    """Grade answers of all kinds to some prompts of every source and held-out set."""
+    return _audit(cfg, inputs, PROMPTS_PER_SOURCE, tuple(Kind))
+
+
 def _check_reward(cfg: Config, inputs: Inputs) -> None:
     """Refuse a reward that a right answer in the model's own format can never win."""
-    prompts = [source.sample(1)[0] for source in inputs.sources]
-    prompts += [prompts[0] for prompts in inputs.eval_prompts.values()]
-    with reward_workers(cfg, num_workers=1) as workers:
-        for prompt in prompts:
-            if not workers.scores_groups(prompt.reward):
-                _check_one_reward(cfg.reward.functions[prompt.reward].function, prompt, workers)
+    for section in _audit(cfg, inputs, PROBED_PROMPTS, (Kind.right,)):
+        if section.hopeless:
+            raise ValueError(section.failure)
+        for warning in [*section.warnings, section.failure]:
+            if warning:
+                log.warning(warning)
 
 
-def _check_one_reward(name: str, prompt: Prompt, workers: RewardWorkers) -> None:
-    check = preflight(
-        lambda response, label: asyncio.run(workers.grade(replace(prompt, label=label), response)),
-        prompt.text,
-        prompt.label,
-        name=name,
-    )
-    if check.needs_thinking and check.thinking is Thinking.unsaid:
-        log.warning(
-            "reward %s wants </think> before the answer, but the chat template opens no think "
-            "block: it stays 0 unless the model writes the markers on its own",
-            name,
-        )
+def _audit(cfg: Config, inputs: Inputs, num_prompts: int, kinds: Collection[Kind]) -> list[Section]:
+    prompts = [p for source in inputs.sources for p in source.sample(num_prompts)]
+    prompts += [p for held_out in inputs.eval_prompts.values() for p in held_out[:num_prompts]]
+    knows_thinking = inputs.tokenizer.knows(CLOSE)
+    with reward_workers(cfg, cfg.reward.workers) as workers:
+        return asyncio.run(audit(prompts, workers, knows_thinking, kinds))
 
 
 def _eval_sets(cfg: Config, inputs: Inputs) -> list[EvalSet]:

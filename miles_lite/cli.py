@@ -64,21 +64,17 @@ def _check(overrides: Sequence[str]) -> None:
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:
-    import asyncio
-
     from miles_lite import build
     from miles_lite.compose import compose
-    from miles_lite.rollout.reward_audit import PROMPTS_PER_SOURCE, audit, lines
 
     cfg = compose(overrides)
-    inputs = build.read(cfg)
-    prompts = [p for source in inputs.sources for p in source.sample(PROMPTS_PER_SOURCE)]
-    prompts += [p for held in inputs.eval_prompts.values() for p in held[:PROMPTS_PER_SOURCE]]
-    with build.reward_workers(cfg, cfg.reward.workers) as workers:
-        report = asyncio.run(audit(prompts, workers))
-    print("\n".join(lines(report)))
-    if report.failures:
-        raise ValueError("; ".join(report.failures))
+    sections = build.audit_reward(cfg, build.read(cfg))
+    for section in sections:
+        print("\n".join(section.lines()))
+    for warning in [warning for section in sections for warning in section.warnings]:
+        print(f"warning: {warning}")
+    if failures := [section.failure for section in sections if section.failure]:
+        raise ValueError("; ".join(failures))
 
 
 def _train(overrides: Sequence[str]) -> None:

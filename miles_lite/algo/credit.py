@@ -206,8 +206,8 @@ def _marker_shares(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def has_signal(sequences: Sequence[TrainSequence]) -> bool:
-    """Whether a step teaches anything."""
-    return any(s.counts and s.advantage for s in sequences)
+    """Whether a step teaches anything: equal advantages are all zero, or whitened to zero."""
+    return len({s.advantage for s in sequences if s.counts}) > 1
 
 
 def dead_step_reason(groups: Sequence[Group]) -> str:

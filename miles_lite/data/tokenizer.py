@@ -38,6 +38,10 @@ class ChatTokenizer:
             )
         return cls(backend, folder)
 
+    def knows(self, word: str) -> bool:
+        """Whether `word` is a token, or spelt in the chat template."""
+        return word in self._backend.get_vocab() or word in self._backend.chat_template
+
     @property
     def fingerprint(self) -> str:
         """Changes with the vocabulary and the chat template."""

@@ -78,6 +78,7 @@ class RewardWorkers:
         self.limits = limits or RewardLimits()
         if self.limits.timeout_s <= 0:
             raise ValueError(f"timeout_s must be above 0, not {self.limits.timeout_s}")
+        self._functions = dict(functions)
         self._settings = {
             "functions": {
                 name: [str(f.file.resolve()), f.function, f.options]
@@ -120,6 +121,10 @@ class RewardWorkers:
     def scores_groups(self, name: str) -> bool:
         """Whether a reward wants all answers of a group at once."""
         return self._about_one(name)[0]
+
+    def function(self, name: str) -> str:
+        """The function behind a reward's name, for messages."""
+        return self._functions[name].function
 
     def _about_one(self, name: str) -> tuple[bool, list[str]]:
         if name not in self._about:
