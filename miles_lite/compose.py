@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from miles_lite import foreign
 from miles_lite.config import Config, ConfigError, SourceConfig
 
 T = TypeVar("T")
@@ -36,6 +37,8 @@ def compose(overrides: Sequence[str]) -> Config:
     ConfigStore.instance().store(name="knobs", node=_defaults(Config))
     # in YAML, ${project:}/... names a file of this project wherever the user stands
     OmegaConf.register_new_resolver("project", lambda: str(CONFIGS.parent), replace=True)
+    # ${share:0.2,${...}} is a whole number, a share of another key
+    OmegaConf.register_new_resolver("share", lambda part, of: int(part * of), replace=True)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = hydra_compose("train", overrides)
@@ -53,7 +56,7 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str) -> T:
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in raw:
         if key not in known:
-            raise ConfigError(f"unknown key {path}{key}{_nearest(key, list(known))}")
+            raise ConfigError(f"unknown key {path}{key}{_nearest_key(key, path, list(known))}")
     values = {}
     for name, entry in known.items():
         value = raw.get(name, "???")
@@ -77,7 +80,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in args:
-            near = _nearest(str(value), [str(a) for a in args])
+            own = foreign.own_value(path, value)
+            near = f"; {own} here" if own else _nearest(str(value), [str(a) for a in args])
             raise ConfigError(f"{path} = {value!r} is not one of {', '.join(map(str, args))}{near}")
         return value
     if origin in (Union, UnionType):
@@ -126,11 +130,12 @@ def _checked_override(override: str) -> str:
     """Refuse a mistyped key with the nearest name (hydra's own message names none)."""
     key, equals, value = override.partition("=")
     if not equals:
-        raise ConfigError(f"override {override!r} has no '=': write key=value")
-    if (
-        "[" in value and value[0] not in "[{'\""
-    ):  # rows of a file, which hydra would take for a list
-        override = f"{key}='{value}'"
+        own = _called_here(key)
+        raise ConfigError(
+            f"override {override!r} has no '=': write key=value" + (f", here {own}" if own else "")
+        )
+    if "[" in value and value[0] not in "[{'\"":
+        override = f"{key}='{value}'"  # rows of a file, which hydra would take for a list
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     if key in groups:
         return override
@@ -140,7 +145,7 @@ def _checked_override(override: str) -> str:
         names = [f.name for f in fields(cls)]
         if part not in names:
             where = ".".join([*parts[:depth], ""])
-            raise ConfigError(f"unknown key {key}{_nearest_key(part, where, names)}")
+            raise ConfigError(f"unknown key {key}{_nearest_key(key, where, names)}")
         hint = get_type_hints(cls)[part]
         if get_origin(hint) is dict:
             return "++" + override.lstrip("+")  # an open map: its keys are new by nature
@@ -150,19 +155,36 @@ def _checked_override(override: str) -> str:
     return override
 
 
-def _nearest_key(part: str, where: str, names: Sequence[str]) -> str:
-    """A name of the same section, else the full name of a key spelt alike anywhere."""
+def _nearest_key(key: str, where: str, names: Sequence[str]) -> str:
+    """What is called so elsewhere, else a name of the section or one spelt alike anywhere."""
+    if own := _called_here(key):
+        return f"; here it is {own}"
+    part = key.lstrip("+~").removeprefix(where).split(".")[0]
     if near := difflib.get_close_matches(part, names, n=1, cutoff=0.5):
         return f"; did you mean {where}{near[0]}?"
-    known = {key.rsplit(".", 1)[-1]: key for key in _all_keys(Config)}
-    near = difflib.get_close_matches(part, known, n=1, cutoff=0.6)
+    known = _keys_by_name()
+    near = difflib.get_close_matches(_name(key), known, n=1, cutoff=0.6)
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def _all_keys(cls: Any, prefix: str = "") -> list[str]:
+def _called_here(key: str) -> str:
+    """Our key for what has that name in another section or another framework; or ""."""
+    return foreign.own_key(_name(key)) or _keys_by_name().get(_name(key), "")
+
+
+def _name(key: str) -> str:
+    """weight_decay of optim.weight_decay or --weight-decay."""
+    return key.rsplit(".", 1)[-1].lstrip("+-~").replace("-", "_")
+
+
+def _keys_by_name() -> dict[str, str]:
+    return {_name(key): key for key in all_keys(Config)}
+
+
+def all_keys(cls: Any, prefix: str = "") -> list[str]:
     keys = []
     for name, hint in get_type_hints(cls).items():
-        keys += _all_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]
+        keys += all_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [prefix + name]
     return keys
 
 

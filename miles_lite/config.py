@@ -133,6 +133,11 @@ class AlgoConfig:
             )
         if self.eps_clip_c != 0 and self.eps_clip_c <= 1:
             raise ConfigError(f"eps_clip_c = {self.eps_clip_c}: dual clip wants > 1, or 0 for off")
+        if self.eps_clip_c and self.policy_loss == "cispo":
+            raise ConfigError(
+                f"eps_clip_c = {self.eps_clip_c} with policy_loss = cispo, whose weight is bounded "
+                "by eps_clip_high already: leave it 0"
+            )
         for name in ("opsm_delta", "overlong_buffer", "overlong_penalty", "aggregation_constant"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)} is negative")

@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
-    "types protocols config compose metrics log device parallel environment",
+    "types protocols config foreign compose metrics log device parallel environment",
     "algo data models",
     "weights cluster planner",
     "trainer rollout run report console summary",

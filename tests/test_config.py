@@ -83,7 +83,7 @@ def test_minimal_configuration_builds() -> None:
 def test_unknown_key_names_the_nearest() -> None:
     assert refusal(changed("optim", xyz=1)) == "unknown key optim.xyz"
     message = refusal(changed("optim", weight_deca=1))
-    assert message == "unknown key optim.weight_deca; did you mean weight_decay?"
+    assert message == "unknown key optim.weight_deca; did you mean optim.weight_decay?"
 
 
 def test_missing_value_says_how_to_set_it() -> None:
