@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from miles_lite.compose import CONFIGS
 from miles_lite.run import read_metrics, read_samples
 
 COMMAND = [sys.executable, "-m", "miles_lite.cli", "train", "experiment=tiny"]
@@ -194,6 +195,38 @@ def test_a_killed_rank_ends_the_run_with_its_name(tmp_path: Path) -> None:
     assert "trainer rank" in output, output[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["outcome"] == "failed" and "trainer rank" in summary["error"]
+
+
+@pytest.mark.slow
+def test_a_reward_that_is_never_won_ends_the_run(tmp_path: Path) -> None:
+    """It could be won, so nothing refused it; but this model never writes "Answer:"."""
+    dapo = f"reward.file={CONFIGS.parent / 'rewards/dapo_math.py'}"
+    words = [dapo, "reward.function=dapo_math", "reward.max_dead_steps=2", "data.eval=''"]
+    process = launch(tmp_path, "train.num_steps=50", *words)
+    output = finished(process)
+    assert process.returncode == 1
+    told = " ".join(output.split())
+    assert "2 steps in a row taught nothing" in told, output[-3000:]
+    assert "rewards between -1 and -1" in told and "miles-lite reward-audit" in told
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["outcome"] == "failed" and "taught nothing" in summary["error"]
+
+
+@pytest.mark.slow
+def test_answers_without_verdict_are_drawn_again(tmp_path: Path) -> None:
+    reward = tmp_path / "moody.py"
+    reward.write_text(
+        "import os, zlib\n"
+        "def moody(response, label):\n"
+        "    if zlib.crc32(response.encode()) % 4 == 0: os._exit(1)\n"
+        "    return float(f'boxed{{{label}}}' in response)\n"
+    )
+    words = [f"reward.file={reward}", "reward.function=moody", "reward.invalid=resample"]
+    folder = train(tmp_path, "train.num_steps=1", "data.eval=''", *words)
+    metrics = read_metrics(folder)[0]
+    assert metrics["reward/resampled"] > 0
+    assert metrics["reward/invalid_ratio"] < 0.1  # else a quarter
+    assert metrics["train/train_rollout_logprob_abs_diff"] <= 1e-4
 
 
 def wait_for_training(process: subprocess.Popen[str], folder: Path, deadline_s: float) -> int:
