@@ -141,6 +141,33 @@ def test_the_hub_without_a_network_shows_the_way_out(monkeypatch: pytest.MonkeyP
     assert caught.value.__cause__ is not None
 
 
+def test_what_the_hub_would_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library's own loader, from a folder laid out as a repository of the hub is."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "repository"
+    for config, rows in (("main", TABLE), ("socratic", TABLE[:3])):
+        (folder / config).mkdir(parents=True)
+        for split in ("train", "test"):
+            lines = rows if split == "train" else rows[:2]
+            text = "".join(json.dumps(row) + "\n" for row in lines)
+            (folder / config / f"{split}.jsonl").write_text(text)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {config}\n  data_files:\n"
+            + "".join(f"  - {{split: {s}, path: {config}/{s}.jsonl}}\n" for s in ("train", "test"))
+            for config in ("main", "socratic")
+        )
+        + "---\n"
+    )
+    rows = open_rows(f"hf:{folder}?name=main")
+    assert [rows[i] for i in range(len(rows))] == TABLE
+    assert len(open_rows(f"hf:{folder}?name=main&split=test")) == 2
+    assert open_rows(f"hf:{folder}?name=socratic[1:]")[0] == TABLE[1]
+    with pytest.raises(ValueError, match="socratic.*save_to_disk"):
+        open_rows(f"hf:{folder}?name=other")
+
+
 @pytest.mark.parametrize(
     ("module", "path", "way_out"),
     [
