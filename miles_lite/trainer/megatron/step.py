@@ -83,6 +83,11 @@ class Step:
         for frozen, param in zip(self._reference, params, strict=True):
             frozen.copy_(param.data)
 
+    def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+        """Sample -> log-probs of its response tokens under the policy as it is."""
+        logprobs = self._forward_only(micro_batches)
+        return _by_sample([micro_batches], [logprobs]) if self._reports else {}
+
     # -------------------------------------------------------------- forward only
 
     def _forward_only(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:

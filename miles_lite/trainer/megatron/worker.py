@@ -17,6 +17,8 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Bucket, Hosted, Phase
 from miles_lite.trainer.megatron import setup
 from miles_lite.trainer.megatron.messages import SyncReport, WorkerSpec
+from miles_lite.types import MicroBatch
+from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.plan import Route
 from miles_lite.weights.table import trainer_layout
@@ -61,19 +63,18 @@ class MegatronWorker:
         module = build_model(self._model, config)
         self._weights = named_weights(module)
         self._load(HfCheckpoint(spec.model_path))
-        ddp = optimizer.wrap_ddp(
-            module, optimizer.use_distributed_optimizer(spec.optim, self._dtype)
-        )
+        ddp = optimizer.wrap_ddp(module)
         # Megatron's buffers took the parameters over: the names must point at the live storage
         self._weights = named_weights(ddp.module)
         self._optimizer = optimizer.Optimizer(ddp, spec.optim, self._dtype)
         self._optimizer.reload_masters()
         self._memory = memory.DeviceMemory(ddp, self._device)
-        reference = []
+        self._ddp = ddp
+        self._reference: list[torch.Tensor] = []
         if spec.algo.needs_reference:
-            reference = [p.data.to("cpu", copy=True) for p in ddp.module.parameters()]
+            self._reference = [p.data.to("cpu", copy=True) for p in ddp.module.parameters()]
         settings = step.Settings(spec.algo, spec.temperature, spec.train.logprob_chunk_tokens)
-        self._step = step.Step(ddp, self._optimizer, settings, reference, self._device)
+        self._step = step.Step(ddp, self._optimizer, settings, self._reference, self._device)
 
     def _load(self, checkpoint: HfCheckpoint) -> None:
         """Fill every parameter and buffer; the table and the live model must name the same ones."""
@@ -110,6 +111,28 @@ class MegatronWorker:
 
     def held_bytes(self) -> dict[str, int]:
         return {**self._memory.held_bytes(), "optimizer": self._optimizer.state_bytes()}
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+        """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
+        return self._step.score(micro_batches)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint into a folder that is there and empty."""
+        from miles_lite.trainer.megatron import checkpoint
+
+        checkpoint.save(folder, self._ddp, self._optimizer, self._reference)
+
+    def load(self, folder: Path, same_layout: bool) -> None:
+        """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
+        from miles_lite.trainer.megatron import checkpoint
+
+        checkpoint.load(folder, self._ddp, self._optimizer, self._reference, same_layout)
+
+    def digests(self, folder: Path, files: Sequence[str]) -> dict[str, str]:
+        """Of each file, its content's hash; "" if it cannot be read."""
+        return {file: file_digest(folder / file) for file in files}
 
     # ------------------------------------------------------------------ weights out
 
