@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from miles_lite import log
+from miles_lite.claim import RunFinished
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
+from miles_lite.stop import Stopped
 
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
@@ -21,7 +23,8 @@ Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 
 
 
 def main() -> None:
-    """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours."""
+    """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours, and with
+    128 + N when signal N stopped it."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -43,6 +46,11 @@ def run(words: Sequence[str]) -> int:
     except (ValueError, RunError, NoSignalError) as error:
         print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except RunFinished as finished:
+        print(finished)
+    except Stopped as stopped:
+        print(f"miles-lite {words[0]}: {stopped}; the same command goes on", file=sys.stderr)
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"miles-lite {words[0]}: interrupted", file=sys.stderr)
         return 130
@@ -82,17 +90,19 @@ def _train(overrides: Sequence[str]) -> None:
     from miles_lite.compose import compose
     from miles_lite.console import Console
     from miles_lite.run import Run, read_metrics
+    from miles_lite.stop import StopRequest
     from miles_lite.summary import lines, summarize
     from miles_lite.train import train
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
-    with Run.create(cfg, datetime.now()) as run:
+    with Run.open(cfg, datetime.now()) as run:
         with (
-            Console(cfg.experiment, cfg.train.num_steps, start=run.start) as console,
+            Console(cfg.experiment, cfg.train.num_steps) as console,
             build.start(cfg, inputs) as parts,
+            StopRequest() as stop,  # after Ray, which takes SIGTERM for itself
         ):
-            train(cfg, run, parts, console)
+            train(cfg, run, parts, console, stop)
         summary = summarize(run.folder, read_metrics(run.folder))
         run.finish(summary)
     console.summary(lines(summary))

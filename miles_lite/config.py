@@ -296,6 +296,22 @@ class SyncConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the state of a run is saved, besides on SIGTERM, SIGINT and `touch RUN/save_now`."""
+
+    every: int = 25  # steps; 0: not by steps
+    minutes: float = 0.0  # since the last one, at the next end of a step; 0: not by time
+    keep: int = 2  # the newest so many stay
+    keep_every: int = 0  # and those of every so many steps; 0: no others
+
+    def __post_init__(self) -> None:
+        _positive(self, "keep")
+        for name in ("every", "minutes", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)} is negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     address: str = "local"  # "local" starts a Ray of its own; else the address of a running one
@@ -306,7 +322,7 @@ class ClusterConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     folder: Path = Path("runs")
-    name: str = ""  # of the run; "" makes one from experiment and time
+    name: str = ""  # of the run, which goes on where it stopped; "" starts a new one every time
     wandb_project: str = ""  # "" for no W&B
     samples: bool = True  # keep every sample of every step
 
@@ -325,6 +341,7 @@ class Config:
     reward: RewardConfig
     eval: EvalConfig = field(default_factory=EvalConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

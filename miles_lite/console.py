@@ -46,12 +46,11 @@ class Console:
         experiment: str,
         num_steps: int,
         *,
-        start: int = 0,
         live: bool | None = None,
         terminal: Terminal | None = None,
         slow_phase_s: float = SLOW_PHASE_S,
     ) -> None:
-        """start: the first step. live: whether to draw; None asks stdout. terminal: where to."""
+        """live: whether to draw; None asks stdout. terminal: where to."""
         self._experiment = printable(experiment)
         self._num_steps = num_steps
         self._terminal = terminal or Terminal(highlight=False, soft_wrap=live is False)
@@ -59,7 +58,7 @@ class Console:
             live = sys.stdout.isatty() and not self._terminal.is_dumb_terminal
         self._slow_phase_s = slow_phase_s
         self._alarm: Timer | None = None
-        self._done = start  # steps
+        self._done = 0  # steps
         self._phase = "start"
         self._phase_begin = self._step_begin = time.monotonic()
         self._step_times: list[float] = []
@@ -92,6 +91,10 @@ class Console:
         if error is not None:
             took = time.monotonic() - self._phase_begin
             self._line(f"{self._position()}: ended in {self._phase} after {seconds(took)}")
+
+    def start_at(self, step: int) -> None:
+        """So many steps were done by an earlier attempt."""
+        self._done = step
 
     def phase(self, name: str) -> None:
         """A phase begins, and with it the one before ends."""

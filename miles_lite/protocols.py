@@ -169,6 +169,27 @@ class Trainer(Resident, Protocol):
         """From now on the KL is to the policy as it is."""
         ...
 
+    @property
+    def layout(self) -> Mapping[str, int]:
+        """Sizes by name, such as {"tp": 2, ...}; where they are the same, so is the arithmetic."""
+        ...
+
+    def score(self, batch: Batch) -> Mapping[int, Sequence[float]]:
+        """Sample -> log-probs of its response as the weights are now, of the first update."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write all state into an empty folder."""
+        ...
+
+    def load(self, folder: Path, same_layout: bool) -> None:
+        """Take over what `save` wrote, at whatever layout. Raises RemoteError naming the rank."""
+        ...
+
+    def digests(self, folder: Path, files: Sequence[str]) -> Mapping[str, str]:
+        """A hash of the contents of each file in `folder`; "" if it cannot be read."""
+        ...
+
     def send_weights(self, rollout: Rollout, version: int) -> Metrics:
         """Bring every engine rank to `version`; returns only when both sides' checksums agree."""
         ...

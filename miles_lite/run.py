@@ -6,8 +6,12 @@
       metrics.jsonl         one line a step (and one an evaluation)
       samples/step_000000.jsonl.gz        one line a sample: SampleRecord
       eval/<set>/step_000000.jsonl.gz     the same for held-out prompts
+      checkpoints/          what a restart needs, see checkpoints.py
       hf/                   the trained policy, written by the trainer
       summary.json          how the run ended
+
+A run with a name goes on where it stopped when the same command is given again; `touch save_now` in
+its folder asks for a checkpoint at the end of the step.
 
 Step numbers count from 0: samples of step 0 were drawn by the first weights, and an evaluation at
 step n is one of the weights after n steps.
@@ -23,6 +27,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,9 +40,12 @@ from typing import IO, Any, Literal
 import yaml
 
 from miles_lite import environment
-from miles_lite.config import Config, ConfigError
+from miles_lite.checkpoints import Checkpoints
+from miles_lite.claim import check_same, claim
+from miles_lite.config import CheckpointConfig, Config, ConfigError
 from miles_lite.metrics import JsonlSink, Sink, WandbSink
 from miles_lite.protocols import Metrics
+from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample
 
 logger = logging.getLogger(__name__)
@@ -68,19 +76,35 @@ class SampleRecord:
 class Run:
     """Created by the driver, which alone writes here. A context: leaving it closes all sinks."""
 
-    def __init__(self, folder: Path, sinks: Sequence[Sink], start: int = 0) -> None:
+    def __init__(
+        self, folder: Path, lock: IO[str], sinks: Sequence[Sink], checkpoint: CheckpointConfig
+    ) -> None:
         self.folder = folder
-        self.start = start  # the first step to train
+        self._lock = lock  # as long as it is open nobody else trains this run
+        self.start = 0  # the first step to train
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", checkpoint.keep, checkpoint.keep_every
+        )
         self._sinks = sinks
+        self._checkpoint = checkpoint
+        self._last_checkpoint = time.monotonic()
 
     @classmethod
-    def create(cls, cfg: Config, now: datetime) -> Run:
-        """Make the folder of a new run, never one that exists. Raises ConfigError, RunError."""
+    def open(cls, cfg: Config, now: datetime) -> Run:
+        """A new run; or, if `log.name` is one that has not finished, that one, to go on with it.
+
+        Raises RunFinished; ConfigError if it has other settings or is running; RunError.
+        """
         _check(cfg)
-        name = cfg.log.name or f"{cfg.experiment}-{now:%Y%m%d-%H%M%S}"
-        with _writing(cfg.log.folder):
-            folder = _new_folder(cfg.log.folder, name)
         plain = _plain(cfg)
+        with _writing(cfg.log.folder):
+            if cfg.log.name:
+                folder = cfg.log.folder / cfg.log.name
+                folder.mkdir(parents=True, exist_ok=True)
+            else:
+                folder = _new_folder(cfg.log.folder, f"{cfg.experiment}-{now:%Y%m%d-%H%M%S}")
+            lock = claim(folder)
+        check_same(folder, plain)
         _write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
         _write_json(folder / "environment.json", environment.describe())
         with _writing(folder / "metrics.jsonl"):
@@ -88,7 +112,36 @@ class Run:
         if cfg.log.wandb_project:
             project = cfg.log.wandb_project
             sinks.append(WandbSink(folder, project=project, name=folder.name, config=plain))
-        return cls(folder, sinks)
+        return cls(folder, lock, sinks, cfg.checkpoint)
+
+    # ------------------------------------------------------------------ going on
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl: what is beyond, when a run goes back to now, never happened."""
+        return (self.folder / "metrics.jsonl").stat().st_size
+
+    def rewind(self, step: int, metrics_bytes: int) -> None:
+        """Go on after `step` steps: drop what an earlier attempt logged beyond them."""
+        self.start = step
+        with _writing(self.folder):
+            os.truncate(self.folder / "metrics.jsonl", metrics_bytes)
+            for pattern in ("samples/step_*", "eval/*/step_*"):
+                for file in self.folder.glob(pattern):
+                    if _step_of(file) >= step:
+                        file.unlink()
+            (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def checkpoint_due(self, step: int) -> bool:
+        """After `step` steps, by number, by time, or because somebody asked."""
+        every, minutes = self._checkpoint.every, self._checkpoint.minutes
+        waited = time.monotonic() - self._last_checkpoint
+        due = (every and step % every == 0) or (minutes and waited >= 60 * minutes)
+        return bool(due) or (self.folder / "save_now").exists()
+
+    def checkpoint_done(self) -> None:
+        self._last_checkpoint = time.monotonic()
+        (self.folder / "save_now").unlink(missing_ok=True)
 
     @property
     def hf_folder(self) -> Path:
@@ -147,13 +200,15 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            outcome = "failed" if isinstance(error, Exception) else "interrupted"
+            asked = isinstance(error, Stopped) or not isinstance(error, Exception)
+            outcome = "interrupted" if asked else "failed"
             try:
                 self.finish({"error": f"{type(error).__name__}: {error}"}, outcome)
             except RunError as second:  # on a full disk, say; the first error is what matters
                 logger.error("%s", second)
         for sink in self._sinks:
             sink.close()
+        self._lock.close()
 
 
 # ------------------------------------------------------------------ reading, for tools and reports
@@ -199,6 +254,10 @@ def _check(cfg: Config) -> None:
                 f"log.wandb_project = {cfg.log.wandb_project!r} but wandb is not installed: "
                 "pip install 'miles-lite[wandb]', or leave log.wandb_project empty"
             ) from None
+
+
+def _step_of(file: Path) -> int:
+    return int(file.name.removeprefix("step_").split(".")[0])
 
 
 def _new_folder(parent: Path, name: str) -> Path:

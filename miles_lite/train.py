@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from miles_lite import resume
 from miles_lite.algo.credit import rollout_metrics, to_sequences
 from miles_lite.algo.packing import pack, packing_metrics
 from miles_lite.build import Parts
@@ -14,23 +15,27 @@ from miles_lite.protocols import Phase
 from miles_lite.rollout.evaluate import evaluate
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run
+from miles_lite.stop import StopRequest
 
 
-def train(cfg: Config, run: Run, parts: Parts, console: Console) -> None:
-    """cfg.train.num_steps steps from run.start. Before the first rollout and after every step the
-    engines are brought to the trainer's weights; a step's samples are all of one version."""
+def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopRequest) -> None:
+    """cfg.train.num_steps steps, going on where the run stopped. Before the first rollout and after
+    every step the engines are brought to the trainer's weights; a step's samples are all of one
+    version. Raises Stopped, with everything saved, at the end of a step after SIGTERM or SIGINT."""
     trainer, rollout = parts.trainer, parts.rollout
     watch = SignalWatch(cfg.reward.max_dead_steps)
     devices = Lease(trainer, rollout)
     console.phase("sync")
     devices.enter(Phase.sync)
+    resume.restore(run, parts, watch)
+    console.start_at(run.start)
     trainer.send_weights(rollout, version=run.start)
 
     for step in range(run.start, cfg.train.num_steps):
         begin = time.perf_counter()
         console.phase("generate")
         devices.enter(Phase.generate)
-        if _due(step, cfg.eval.every) or step == run.start:
+        if _due(step, cfg.eval.every) or step == 0:
             _evaluate(run, step, parts, console)
         drawn = rollout.generate(parts.prompts)
         sequences = to_sequences(drawn.groups, parts.credit)
@@ -56,6 +61,10 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console) -> None:
             run.save_samples(step, drawn.groups, result.logprobs)
         console.step(step, metrics)
         watch.look(drawn.groups, sequences)
+        if run.checkpoint_due(step + 1) or stop.asked or step + 1 == cfg.train.num_steps:
+            console.phase("save")
+            resume.save(step + 1, run, parts, watch, batch, metrics)
+        stop.heed()
 
     console.phase("evaluate")
     devices.enter(Phase.generate)

@@ -17,11 +17,13 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
-    "types protocols config foreign compose metrics log device parallel environment",
+    "types protocols config foreign compose metrics log device parallel environment stop "
+    "checkpoints claim",
     "algo data models",
     "weights cluster planner",
     "trainer rollout run report console summary",
     "build",
+    "resume",
     "train evaluate",
     "cli",
 )

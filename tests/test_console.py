@@ -143,7 +143,8 @@ def test_remaining_time_ignores_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> 
     now = 0.0
     monkeypatch.setattr("miles_lite.console.time.monotonic", lambda: now)
     screen = Screen()
-    with plain(screen, num_steps=10, start=4) as console:
+    with plain(screen, num_steps=10) as console:
+        console.start_at(4)
         now = 100.0
         console.step(4, {})
         now = 110.0

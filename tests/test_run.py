@@ -54,21 +54,19 @@ def group(uid: int, logprobs: tuple[float, ...] = (-0.5, -1 / 3)) -> Group:
 
 
 def test_a_new_run_never_takes_the_folder_of_another(cfg: Config) -> None:
-    names = [Run.create(cfg, NOW).folder.name for _ in range(3)]
+    names = [Run.open(cfg, NOW).folder.name for _ in range(3)]
     assert names == ["test-20250102-030405", "test-20250102-030405-2", "test-20250102-030405-3"]
-    names = [Run.create(named(cfg, "mine"), NOW).folder.name for _ in range(2)]
-    assert names == ["mine", "mine-2"]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".."])
 def test_a_name_is_not_a_path(cfg: Config, name: str) -> None:
     with pytest.raises(ConfigError, match=r"log\.name"):
-        Run.create(named(cfg, name), NOW)
+        Run.open(named(cfg, name), NOW)
     assert not cfg.log.folder.exists()
 
 
 def test_config_reads_back_as_the_same_config(cfg: Config) -> None:
-    text = (Run.create(cfg, NOW).folder / "config.yaml").read_text()
+    text = (Run.open(cfg, NOW).folder / "config.yaml").read_text()
     assert build(Config, yaml.safe_load(text), "") == cfg
 
 
@@ -76,7 +74,7 @@ def test_environment_tells_versions_and_no_secrets(
     cfg: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "very-secret")
-    text = (Run.create(cfg, NOW).folder / "environment.json").read_text()
+    text = (Run.open(cfg, NOW).folder / "environment.json").read_text()
     assert "very-secret" not in text
     found = json.loads(text)
     assert found["cpus"] >= 1 and found["memory_bytes"] > 0
@@ -99,7 +97,7 @@ def test_git_state_is_that_of_the_project_only(
 
 
 def test_metrics_read_back(cfg: Config) -> None:
-    with Run.create(cfg, NOW) as run:
+    with Run.open(cfg, NOW) as run:
         run.log_eval(0, {"eval/mean": 0.25})
         run.log(0, {"train/loss": 1.5, "train/bad": math.nan})
         run.log(1, {"train/loss": 1.0, "train/bad": -math.inf})
@@ -113,7 +111,7 @@ def test_metrics_read_back(cfg: Config) -> None:
 
 
 def test_metrics_of_a_run_that_is_writing(cfg: Config) -> None:
-    with Run.create(cfg, NOW) as run:
+    with Run.open(cfg, NOW) as run:
         run.log(0, {"train/loss": 1.5})
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "train/lo')
@@ -121,7 +119,7 @@ def test_metrics_of_a_run_that_is_writing(cfg: Config) -> None:
 
 
 def test_samples_read_back(cfg: Config) -> None:
-    run = Run.create(cfg, NOW)
+    run = Run.open(cfg, NOW)
     groups = [group(0), group(5, logprobs=(math.nan, -1.0))]
     run.save_samples(12, groups, {0: (-0.5, -0.25), 1: (-0.5, -0.25), 3: (-math.inf, -2.0)})
     path = run.folder / "samples" / "step_000012.jsonl.gz"
@@ -143,14 +141,14 @@ def test_logprobs_keep_every_bit_of_a_float32(cfg: Config) -> None:
     numpy = pytest.importorskip("numpy")
     values = numpy.random.default_rng(0).normal(scale=3, size=200).astype("float32")
     as_tuple = tuple(float(value) for value in values)
-    run = Run.create(cfg, NOW)
+    run = Run.open(cfg, NOW)
     run.save_samples(0, [group(0, logprobs=as_tuple)], {0: as_tuple, 1: as_tuple})
     record = next(iter(read_samples(run.folder / "samples" / "step_000000.jsonl.gz")))
     assert (numpy.array(record.logprobs, "float32") == values).all()
 
 
 def test_eval_samples_lie_apart_by_set(cfg: Config) -> None:
-    run = Run.create(cfg, NOW)
+    run = Run.open(cfg, NOW)
     run.save_eval(4, "held_out", [group(0)])
     records = list(read_samples(run.folder / "eval" / "held_out" / "step_000004.jsonl.gz"))
     assert len(records) == 2
@@ -158,7 +156,7 @@ def test_eval_samples_lie_apart_by_set(cfg: Config) -> None:
 
 
 def test_summary_tells_how_it_ended(cfg: Config) -> None:
-    with Run.create(cfg, NOW) as run:
+    with Run.open(cfg, NOW) as run:
         run.finish({"steps": 2, "reward": math.nan})
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary == {"outcome": "finished", "steps": 2, "reward": "nan"}
@@ -168,7 +166,7 @@ def test_summary_tells_how_it_ended(cfg: Config) -> None:
     ("error", "outcome"), [(ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted")]
 )
 def test_an_error_is_kept_and_passed_on(cfg: Config, error: BaseException, outcome: str) -> None:
-    run = Run.create(cfg, NOW)
+    run = Run.open(cfg, NOW)
     with pytest.raises(type(error)), run:
         raise error
     summary = json.loads((run.folder / "summary.json").read_text())
@@ -179,7 +177,7 @@ def test_an_error_is_kept_and_passed_on(cfg: Config, error: BaseException, outco
 def test_a_full_disk_is_said_and_leaves_no_part(
     cfg: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.create(cfg, NOW)
+    run = Run.open(cfg, NOW)
     run.save_eval(0, "set", [group(0)])
 
     def full(_: Any) -> None:
@@ -197,7 +195,7 @@ def test_a_full_disk_is_said_and_leaves_no_part(
 def test_a_folder_that_cannot_be_made_is_said(cfg: Config, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(RunError, match="runs"):
-        Run.create(cfg, NOW)
+        Run.open(cfg, NOW)
 
 
 def test_wandb_that_is_not_installed_is_said_before_anything_is_made(
@@ -209,7 +207,7 @@ def test_wandb_that_is_not_installed_is_said_before_anything_is_made(
     monkeypatch.setattr(run_module.metadata, "version", absent)
     wanted = replace(cfg, log=replace(cfg.log, wandb_project="p"))
     with pytest.raises(ConfigError, match="wandb"):
-        Run.create(wanted, NOW)
+        Run.open(wanted, NOW)
     assert not cfg.log.folder.exists()
 
 

@@ -2,8 +2,9 @@
 
 Kept are the first groups, in the order their prompts were dealt, whose rewards differ. Whoever
 keeps the first that *finish* prefers short answers, and never draws the same step twice. Prompts
-that were asked ahead and not looked at go back to the stream, so none is lost, and where the stream
-stands does not depend on timing either.
+that were asked ahead and not looked at go back to the stream, so none is lost, and where the
+stream stands does not depend on timing either. Whoever minds waiting for the last answer before
+new prompts are asked takes rollout.over_sampling.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ async def fill(
 ) -> Filled:
     """Draw groups of prompts of `stream` until `wanted` are kept; all of them unless `filtered`.
 
-    at_once: prompts asked for whenever those under way can no longer suffice, at least.
+    at_once: prompts asked for at the start, and again when all of them are done and do not suffice.
+    Asking earlier would mix new answers with those under way as timing has it, and rounding makes
+    log-probs depend on what is computed together: no step could be repeated to the bit.
     Cancels what is not needed any more. Raises NothingToKeep after MAX_SPENT x wanted prompts.
     """
     tasks: list[asyncio.Future[Group]] = []
@@ -80,7 +83,7 @@ async def fill(
             hopeful = len(ahead) - sum(map(is_hopeless, ahead))
             if ahead and ahead[0].done():
                 (dropped if is_hopeless(ahead[0]) else kept).append(ahead[0].result())
-            elif hopeful < missing:
+            elif hopeful < missing and not running:
                 _give_up(kept, dropped, wanted)
                 more = stream.take(max(missing, at_once) - hopeful)
                 tasks += [asyncio.ensure_future(draw(prompt)) for prompt in more]

@@ -13,18 +13,21 @@ class NoSignalError(RuntimeError):
 
 
 class SignalWatch:
-    """max_dead_steps: steps in a row without any advantage that end the run; 0 never does."""
+    """max_dead_steps: steps in a row without any advantage that end the run; 0 never does.
+
+    num_dead: how many there have been, part of the state of a run.
+    """
 
     def __init__(self, max_dead_steps: int) -> None:
         self._max_dead_steps = max_dead_steps
-        self._num_dead = 0
+        self.num_dead = 0
 
     def look(self, groups: Sequence[Group], sequences: Sequence[TrainSequence]) -> None:
         """At every step. Raises NoSignalError."""
-        self._num_dead = 0 if has_signal(sequences) else self._num_dead + 1
-        if self._max_dead_steps and self._num_dead >= self._max_dead_steps:
+        self.num_dead = 0 if has_signal(sequences) else self.num_dead + 1
+        if self._max_dead_steps and self.num_dead >= self._max_dead_steps:
             raise NoSignalError(
-                f"{self._num_dead} steps in a row taught nothing, all advantages were 0: "
+                f"{self.num_dead} steps in a row taught nothing, all advantages were 0: "
                 f"{dead_step_reason(groups)}. `miles-lite reward-audit` tells more; "
                 "reward.max_dead_steps=0 goes on regardless"
             )

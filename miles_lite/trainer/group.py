@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,41 @@ class TrainerGroup:
 
     def refresh_reference(self) -> None:
         call_all(self._workers, "refresh_reference", deadline_s=self._timeout_s)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def layout(self) -> Mapping[str, int]:
+        return dataclasses.asdict(self._spec.dims)
+
+    def score(self, batch: Batch) -> Mapping[int, Sequence[float]]:
+        dims, (update, *_) = self._spec.dims, batch.updates
+        calls = [
+            worker.start("score", update.micro_batches[dims.dp_rank(rank)])
+            for rank, worker in enumerate(self._workers)
+        ]
+        return {k: v for scores in gather(calls, self._timeout_s) for k, v in scores.items()}
+
+    def save(self, folder: Path) -> None:
+        call_all(self._workers, "save", folder.absolute(), deadline_s=self._timeout_s)
+
+    def load(self, folder: Path, same_layout: bool) -> None:
+        call_all(self._workers, "load", folder.absolute(), same_layout, deadline_s=self._timeout_s)
+
+    def digests(self, folder: Path, files: Sequence[str]) -> Mapping[str, str]:
+        """Read by all ranks at once, each its share of the bytes."""
+        shares: list[list[str]] = [[] for _ in self._workers]
+        sizes = {file: path.stat().st_size for file in files if (path := folder / file).is_file()}
+        loads = [0] * len(shares)
+        for file in sorted(files, key=lambda file: -sizes.get(file, 0)):
+            lightest = loads.index(min(loads))
+            shares[lightest].append(file)
+            loads[lightest] += sizes.get(file, 0)
+        calls = [
+            worker.start("digests", folder.absolute(), share)
+            for worker, share in zip(self._workers, shares, strict=True)
+        ]
+        return {k: v for part in gather(calls, self._timeout_s) for k, v in part.items()}
 
     # ------------------------------------------------------------------ memory
 

@@ -154,14 +154,14 @@ def test_another_layout_goes_on(
     ours, theirs = weights(loaded), weights(saved)
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     ours, theirs = weights(resumed), weights(whole)
-    tolerance = 1e-2 if "bf16" in kind else 1e-5  # a bit of a bf16 weight
+    tolerance = 2e-2 if "bf16" in kind else 1e-5  # the last bit of a bf16 weight of 2 to 4
     assert max((ours[n] - tensor).abs().max() for n, tensor in theirs.items()) <= tolerance
 
 
 def test_a_checkpoint_without_what_is_needed_says_so(tiny: Tiny, tmp_path: Path) -> None:
     plain = spec_of(tiny.folder, ONE)
-    lives([Stretch(plain, (), save=tmp_path / "plain")])
-    with pytest.raises(RuntimeError, match=r"has no reference/: the run that saved it had algo\.kl"):
+    lives([Stretch(plain, (batch_for(1),), save=tmp_path / "plain")])
+    with pytest.raises(RuntimeError, match=r"has no reference/: the run that saved it had"):
         lives([Stretch(replace(plain, algo=KL), (), load=tmp_path / "plain")])
     with pytest.raises(RuntimeError, match=r"has no policy/: it is no checkpoint of a trainer"):
         lives([Stretch(plain, (), load=tmp_path)])

@@ -117,13 +117,14 @@ def _save(state: dict[str, Any], folder: Path) -> None:
     content = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
     # megatron-core 0.17 would take another writer than its own by default
     known = inspect.signature(dist_checkpointing.save).parameters
-    chosen = {"async_strategy": "mcore"} if "async_strategy" in known else {}
+    chosen: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in known else {}
     dist_checkpointing.save(state, str(folder), strategy, content_metadata=content, **chosen)
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _dp_group())
-    return dist_checkpointing.load(state, str(folder), strategy)
+    loaded: Any = dist_checkpointing.load(state, str(folder), strategy)
+    return loaded
 
 
 def _dp_group() -> Any:
@@ -147,12 +148,16 @@ def _weights_of(ddp: torch.nn.Module, reference: Sequence[torch.Tensor]) -> Iter
 # ------------------------------------------------------------------ random states
 
 
+def _megatron_random() -> Any:
+    return get_cuda_rng_tracker()
+
+
 def _random_state() -> dict[str, Any]:
     state = {
         "torch": torch.get_rng_state(),
         "numpy": numpy.random.get_state(),
         "python": random.getstate(),
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": _megatron_random().get_states(),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -163,6 +168,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     numpy.random.set_state(state["numpy"])
     random.setstate(state["python"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    _megatron_random().set_states(state["megatron"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

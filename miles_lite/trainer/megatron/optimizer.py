@@ -181,7 +181,8 @@ def _shards_are_leaves() -> Iterator[None]:
 def _leaf(view: torch.Tensor) -> torch.Tensor:
     """The same memory and marks without a graph."""
     leaf = view.detach().requires_grad_()
-    leaf.__dict__.update(view.__dict__)
+    for mark, value in vars(view).items():
+        setattr(leaf, mark, value)
     return leaf
 
 

@@ -1,0 +1,143 @@
+"""Checkpoints of a run: one folder each, seen only when complete, checked before it is trusted.
+
+    RUN/checkpoints/step_000012/
+      policy/ reference/ random/     of the trainer's ranks, see trainer/megatron/checkpoint.py
+      state.json                     of the driver: position in the data, metrics, a probe
+      manifest.json                  size and hash of every other file; written last
+    RUN/checkpoints/latest           its name, for people and scripts
+
+Step 12 means: after 12 steps. A folder that starts with a dot was never finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Digests = Callable[[Path, Sequence[str]], Mapping[str, str]]  # of files, by their relative names
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    folder: Path
+    step: int
+    state: Mapping[str, Any]
+
+
+class Checkpoints:
+    """keep: so many of the newest stay; keep_every: and those of every so many steps (0: none)."""
+
+    def __init__(self, folder: Path, keep: int, keep_every: int) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write a checkpoint into."""
+        folder = self._folder / f".{_name(step)}.part"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, step: int, state: Mapping[str, Any], digests: Digests) -> Checkpoint:
+        """All has been written: make it seen, under its name, and drop what is no longer kept."""
+        part, folder = self._folder / f".{_name(step)}.part", self._folder / _name(step)
+        _write_json(part / "state.json", state)
+        files = _files(part)
+        hashes = digests(part, files)
+        unread = [file for file in files if not hashes[file]]
+        assert not unread, f"{part}: {unread[:3]} cannot be read back"
+        sizes = {file: (part / file).stat().st_size for file in files}
+        manifest = {file: {"bytes": sizes[file], "hash": hashes[file]} for file in files}
+        for file in files:
+            _sync(part / file)
+        _write_json(part / "manifest.json", {"step": step, "files": manifest})
+        for place in [*(path for path in part.rglob("*") if path.is_dir()), part]:
+            _sync(place)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        _sync(self._folder)
+        tracker = self._folder / ".latest.part"
+        tracker.write_text(folder.name + "\n")
+        _sync(tracker)
+        tracker.replace(self._folder / "latest")
+        self._prune()
+        return Checkpoint(folder, step, state)
+
+    def intact(self, digests: Digests) -> Iterator[Checkpoint]:
+        """Newest first, those whose every file is as it was written. Says what it skips and why."""
+        for unfinished in self._folder.glob(".*.part"):
+            logger.warning("%s was never finished: removed", unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in reversed(self._all()):
+            try:
+                yield _read(folder, digests)
+            except ValueError as error:
+                logger.warning("%s is skipped: %s", folder, error)
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step_*"), key=_step)
+
+    def _prune(self) -> None:
+        for folder in self._all()[: -self._keep]:
+            if not (self._keep_every and _step(folder) % self._keep_every == 0):
+                # renamed first: a half-removed folder must not look like a broken checkpoint
+                gone = folder.rename(folder.with_name(f".{folder.name}.part"))
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def _read(folder: Path, digests: Digests) -> Checkpoint:
+    """Raises ValueError that says which file is not what was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+        sizes = {file: int(entry["bytes"]) for file, entry in files.items()}
+        hashes = {file: str(entry["hash"]) for file, entry in files.items()}
+        step = int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"manifest.json cannot be read ({error!r})") from None
+    for file, size in sizes.items():
+        place = folder / file
+        found = place.stat().st_size if place.is_file() else -1
+        if found != size:
+            told = "is missing" if found < 0 else f"has {found:,} bytes instead of {size:,}"
+            raise ValueError(f"{file} {told}")
+    found = digests(folder, list(files))
+    if broken := [file for file, digest in hashes.items() if found[file] != digest]:
+        raise ValueError(f"the contents of {', '.join(sorted(broken)[:3])} have changed")
+    if "state.json" not in files:
+        raise ValueError("manifest.json does not name state.json")
+    return Checkpoint(folder, step, json.loads((folder / "state.json").read_bytes()))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value) + "\n", encoding="ascii")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Until it is on disk, contents of a file or entries of a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

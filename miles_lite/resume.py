@@ -1,0 +1,107 @@
+"""Saving all that a restart needs, and going on from it as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from miles_lite.algo.packing import PackSettings, pack
+from miles_lite.build import Parts
+from miles_lite.checkpoints import Checkpoint
+from miles_lite.protocols import Metrics, Trainer
+from miles_lite.rollout.signal import SignalWatch
+from miles_lite.run import Run
+from miles_lite.types import Batch, TrainSequence
+
+logger = logging.getLogger(__name__)
+
+PROBES = 4  # sequences a DP rank, scored again after loading
+SURPRISE = 10.0  # times the drift of the engines: what scoring them again may differ by
+ROUNDING = 1e-5  # nats; and this much is always forgiven
+DRIFT = "train/train_rollout_logprob_abs_diff"
+
+
+class ResumeError(RuntimeError):
+    """What was loaded does not compute what was saved."""
+
+
+def save(
+    step: int, run: Run, parts: Parts, watch: SignalWatch, batch: Batch, metrics: Metrics
+) -> None:
+    """Write the checkpoint after `step` steps; nobody sees it before it is complete."""
+    folder = run.checkpoints.begin(step)
+    parts.trainer.save(folder)
+    probe = batch.sequences[: PROBES * parts.trainer.dp]
+    state = {
+        "layout": dict(parts.trainer.layout),
+        "prompts": parts.prompts.state(),
+        "num_dead": watch.num_dead,
+        "metrics_bytes": run.metrics_bytes,
+        "drift": metrics[DRIFT],
+        "probe": [dataclasses.asdict(sequence) for sequence in probe],
+        "scores": _scores(probe, parts.trainer, parts.packing),
+    }
+    checkpoint = run.checkpoints.commit(step, state, parts.trainer.digests)
+    logger.info("saved %s", checkpoint.folder)
+
+
+def restore(run: Run, parts: Parts, watch: SignalWatch) -> None:
+    """Bring all parts to the newest intact checkpoint of the run, and `run.start` to its step.
+
+    Without one the run starts anew, and what an earlier attempt logged is dropped. Raises
+    ResumeError if the loaded weights score the probe otherwise than the saved ones did.
+    """
+    found = next(run.checkpoints.intact(parts.trainer.digests), None)
+    if found is None:
+        run.rewind(0, metrics_bytes=0)
+        return
+    state = found.state
+    parts.trainer.load(found.folder, same_layout=state["layout"] == dict(parts.trainer.layout))
+    _check_scores(found, parts)
+    parts.prompts.restore(state["prompts"])
+    watch.num_dead = state["num_dead"]
+    run.rewind(found.step, state["metrics_bytes"])
+    logger.info("going on after step %d, from %s", found.step, found.folder)
+
+
+def _scores(
+    probe: Sequence[TrainSequence], trainer: Trainer, packing: PackSettings
+) -> list[list[float]]:
+    """Log-probs of each sequence's response under the trainer's weights."""
+    numbered = [
+        dataclasses.replace(sequence, sample=index, counts=True)
+        for index, sequence in enumerate(probe)
+    ]
+    settings = dataclasses.replace(packing, global_batch=len(probe), train_zero_advantage=True)
+    scores = trainer.score(pack(numbered, settings))
+    return [list(scores[index]) for index in range(len(probe))]
+
+
+def _check_scores(found: Checkpoint, parts: Parts) -> None:
+    state = found.state
+    probe = [_sequence(values) for values in state["probe"]]
+    usable = len(probe) - len(probe) % parts.trainer.dp
+    again = _scores(probe[:usable], parts.trainer, parts.packing)
+    pairs = zip(state["scores"][:usable], again, strict=True)
+    gaps = [abs(a - b) for before, after in pairs for a, b in zip(before, after, strict=True)]
+    gap = statistics.fmean(gaps) if gaps else 0.0
+    limit = max(ROUNDING, SURPRISE * state["drift"])
+    if not gap <= limit:  # also NaN
+        raise ResumeError(
+            f"{found.folder}: the weights loaded give the last answers of the run log-probs that "
+            f"differ by {gap:.3g} nats a token from those before saving, more than {limit:.3g}. "
+            "The files are as they were written, so model, libraries or hardware have changed; "
+            "remove this checkpoint to go on from an older one"
+        )
+    logger.info("scored %d answers again: %.2g nats a token apart", usable, gap)
+
+
+def _sequence(values: Mapping[str, Any]) -> TrainSequence:
+    """From JSON, which knows no tuples."""
+    made: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    return TrainSequence(**made)
