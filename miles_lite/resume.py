@@ -45,6 +45,7 @@ def save(
         "scores": _scores(probe, parts.trainer, parts.packing),
     }
     checkpoint = run.checkpoints.commit(step, state, parts.trainer.digests)
+    run.checkpoint_done()
     logger.info("saved %s", checkpoint.folder)
 
 

@@ -19,8 +19,9 @@ import yaml
 
 from miles_lite import environment, log
 from miles_lite import run as run_module
+from miles_lite.claim import RunFinished
 from miles_lite.compose import build
-from miles_lite.config import Config, ConfigError
+from miles_lite.config import CheckpointConfig, Config, ConfigError
 from miles_lite.run import Run, RunError, read_metrics, read_samples
 from miles_lite.types import Completion, Finish, Group, Prompt, Sample, Verdict
 
@@ -56,6 +57,83 @@ def group(uid: int, logprobs: tuple[float, ...] = (-0.5, -1 / 3)) -> Group:
 def test_a_new_run_never_takes_the_folder_of_another(cfg: Config) -> None:
     names = [Run.open(cfg, NOW).folder.name for _ in range(3)]
     assert names == ["test-20250102-030405", "test-20250102-030405-2", "test-20250102-030405-3"]
+
+
+# ------------------------------------------------------------------ going on
+
+
+def test_a_named_run_that_stopped_is_taken_up_again(cfg: Config) -> None:
+    mine = named(cfg, "mine")
+    with Run.open(mine, NOW) as run:
+        run.log(0, {"train/loss": 1.0})
+        before = run.metrics_bytes
+        run.log(1, {"train/loss": 2.0})
+        run.save_samples(0, [group(0)], {})
+        run.save_samples(1, [group(1)], {})
+        run.save_eval(1, "held_out", [group(0)])
+    with Run.open(mine, NOW) as again:
+        assert again.folder == run.folder
+        again.rewind(1, before)
+        assert again.start == 1
+        again.log(1, {"train/loss": 3.0})
+    assert read_metrics(run.folder) == {0: {"train/loss": 1.0}, 1: {"train/loss": 3.0}}
+    left = sorted(path.name for path in run.folder.rglob("step_*"))
+    assert left == ["step_000000.jsonl.gz"]
+
+
+def test_one_process_at_a_time_trains_a_run(cfg: Config) -> None:
+    mine = named(cfg, "mine")
+    with (
+        Run.open(mine, NOW),
+        pytest.raises(ConfigError, match=r"is being trained by process \d+ on .*log\.name"),
+    ):
+        Run.open(mine, NOW)
+    Run.open(mine, NOW)
+
+
+def test_a_run_of_other_settings_is_left_alone(cfg: Config) -> None:
+    Run.open(named(cfg, "mine"), NOW).__exit__(None, None, None)
+    other = replace(named(cfg, "mine"), optim=replace(cfg.optim, lr=0.5), seed=3)
+    with pytest.raises(ConfigError, match=r"optim\.lr = 0\.5 \(was 1e-06\), seed = 3 \(was 0\)"):
+        Run.open(other, NOW)
+
+
+def test_where_and_how_long_may_change(cfg: Config) -> None:
+    Run.open(named(cfg, "mine"), NOW).__exit__(None, None, None)
+    other = replace(
+        named(cfg, "mine"),
+        parallel=replace(cfg.parallel, tp=2),
+        train=replace(cfg.train, num_steps=99),
+    )
+    assert Run.open(other, NOW).folder.name == "mine"
+
+
+def test_a_finished_run_is_not_trained_again(cfg: Config) -> None:
+    with Run.open(named(cfg, "mine"), NOW) as run:
+        run.finish({})
+    with pytest.raises(RunFinished, match=r"finished its 2 steps: raise train\.num_steps"):
+        Run.open(named(cfg, "mine"), NOW)
+    longer = replace(named(cfg, "mine"), train=replace(cfg.train, num_steps=3))
+    assert Run.open(longer, NOW).folder.name == "mine"
+
+
+def test_checkpoints_are_due_by_steps_time_and_on_request(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("miles_lite.run.time.monotonic", lambda: now)
+    run = Run.open(replace(cfg, checkpoint=CheckpointConfig(every=4, minutes=10)), NOW)
+    assert [step for step in range(1, 9) if run.checkpoint_due(step)] == [4, 8]
+    now = 600.0
+    assert run.checkpoint_due(5)
+    run.checkpoint_done()
+    assert not run.checkpoint_due(5)
+    (run.folder / "save_now").touch()
+    assert run.checkpoint_due(5)
+    run.checkpoint_done()
+    assert not run.checkpoint_due(5) and not (run.folder / "save_now").exists()
+    never = Run.open(replace(cfg, checkpoint=CheckpointConfig(every=0)), NOW)
+    assert not any(never.checkpoint_due(step) for step in range(1, 100))
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".."])

@@ -1,0 +1,136 @@
+"""Safetensors files of an HF folder as byte ranges, checked before a byte of weights is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_MAX_HEADER = 100 << 20  # what safetensors itself allows
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+
+class HfFiles:
+    """All tensors of a folder by name. Raises ValueError that names file and offset of what is
+    truncated, corrupt or missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = _files(folder)
+        self.tensors: dict[str, Stored] = {}
+        for file in sorted(set(files.values()) | ({SINGLE} if not files else set())):
+            self.tensors |= {
+                name: stored
+                for name, stored in read_header(folder / file).items()
+                if files.get(name, file) == file
+            }
+        if missing := sorted(set(files) - set(self.tensors)):
+            raise ValueError(
+                f"{folder / INDEX} names {missing[0]!r} in {files[missing[0]]}, which does not "
+                f"hold it ({len(missing)} such tensors)"
+            )
+
+    @contextmanager
+    def mapped(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in the file's own pages; gone when the context ends."""
+        stored = self.tensors[name]
+        start = stored.begin - stored.begin % mmap.ALLOCATIONGRANULARITY
+        if not stored.num_bytes:
+            yield torch.empty(stored.shape, dtype=stored.dtype)
+            return
+        with (self.folder / stored.file).open("rb") as file:
+            # a private mapping, so that torch may think it writable
+            pages = mmap.mmap(
+                file.fileno(), stored.end - start, access=mmap.ACCESS_COPY, offset=start
+            )
+        count = math.prod(stored.shape)
+        tensor = torch.frombuffer(
+            pages, dtype=stored.dtype, count=count, offset=stored.begin - start
+        )
+        yield tensor.view(stored.shape)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of one file, checked against the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: its header of {length:,} bytes does "
+                f"not fit into {size:,} bytes at offset 8"
+            )
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            found = {
+                name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()
+            }
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: the header at offset 8 is corrupt ({error!r})") from None
+    return found
+
+
+def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> Stored:
+    begin, end = (data + int(offset) for offset in entry["data_offsets"])
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(
+            f"{path}: tensor {name!r} has dtype {entry['dtype']}, only {', '.join(DTYPES)} can be "
+            "converted"
+        )
+    stored = Stored(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+    wanted = math.prod(stored.shape) * stored.dtype.itemsize
+    if min(stored.shape, default=0) < 0 or begin < data or stored.num_bytes != wanted:
+        raise ValueError(
+            f"{path}: tensor {name!r} of shape {stored.shape} lies in bytes {begin:,} to {end:,}, "
+            f"which are not its {wanted:,}"
+        )
+    if end > size:
+        raise ValueError(f"{path} is truncated at offset {size:,}: tensor {name!r} ends at {end:,}")
+    return stored
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Tensor -> file by the index; {} for a folder of one file."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(f"{folder}: neither {INDEX} nor {SINGLE} is there")
+        return {}
+    try:
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{index} cannot be read ({error!r})") from None
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ValueError(f"{index} names the file {file!r}, which is not in {folder}")
+    return files

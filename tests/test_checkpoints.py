@@ -1,0 +1,163 @@
+"""A checkpoint is seen complete or not at all, and trusted only as it was written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from miles_lite.checkpoints import Checkpoints
+from miles_lite.weights.checksum import file_digest
+
+
+def digests(folder: Path, files: Sequence[str]) -> Mapping[str, str]:
+    return {file: file_digest(folder / file) for file in files}
+
+
+def write(checkpoints: Checkpoints, step: int) -> Path:
+    folder = checkpoints.begin(step)
+    (folder / "policy").mkdir()
+    (folder / "policy/__0_0.distcp").write_bytes(bytes(range(256)) * step)
+    (folder / "random").mkdir()
+    (folder / "random/rank_00000.pt").write_bytes(b"state")
+    return checkpoints.commit(step, {"cursor": step}, digests).folder
+
+
+def steps(checkpoints: Checkpoints) -> list[int]:
+    return [found.step for found in checkpoints.intact(digests)]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", keep=3, keep_every=0)
+
+
+def test_the_newest_comes_first_with_its_state(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for step in (2, 10, 4):
+        write(checkpoints, step)
+    assert steps(checkpoints) == [10, 4, 2]
+    first = next(checkpoints.intact(digests))
+    assert first.state == {"cursor": 10}
+    assert (first.folder / "random/rank_00000.pt").read_bytes() == b"state"
+    assert (tmp_path / "checkpoints/latest").read_text() == "step_000004\n"  # written last
+
+
+def test_nothing_there(checkpoints: Checkpoints) -> None:
+    assert steps(checkpoints) == []
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+FILES = ["policy/__0_0.distcp", "random/rank_00000.pt", "state.json", "manifest.json"]
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (flip, "the contents of .* have changed|manifest.json cannot be read"),
+    "truncated": (
+        lambda file: os.truncate(file, file.stat().st_size // 2),
+        r"has [\d,]+ bytes instead of [\d,]+|manifest.json cannot be read",
+    ),
+    "missing": (Path.unlink, "is missing|manifest.json cannot be read"),
+    "longer": (
+        lambda file: file.write_bytes(file.read_bytes() + b"\n x"),
+        r"bytes instead of|manifest.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_skipped_and_named(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    write(checkpoints, 1)
+    folder = write(checkpoints, 2)
+    break_it, reason = DAMAGES[damage]
+    if (file, damage) == ("manifest.json", "flipped"):
+        (folder / file).write_text((folder / file).read_text().replace("policy", "Policy"))
+        reason = "Policy/__0_0.distcp is missing"
+    else:
+        break_it(folder / file)
+    with caplog.at_level(logging.WARNING):
+        assert steps(checkpoints) == [1]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{folder} is skipped: ")
+    assert re.search(reason, record.getMessage())
+
+
+def test_an_unfinished_one_is_never_seen_and_removed(
+    checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(checkpoints, 1)
+    folder = checkpoints.begin(2)
+    (folder / "half").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        assert steps(checkpoints) == [1]
+    assert "never finished" in caplog.text
+    assert not folder.exists()
+
+
+def test_the_same_step_may_be_saved_again(checkpoints: Checkpoints) -> None:
+    write(checkpoints, 1)
+    write(checkpoints, 1)
+    assert steps(checkpoints) == [1]
+
+
+def test_the_last_k_and_every_nth_are_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=10)
+    for step in range(5, 45, 5):
+        write(checkpoints, step)
+    assert steps(checkpoints) == [40, 35, 30, 20, 10]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.test_checkpoints import write
+from miles_lite.checkpoints import Checkpoints
+checkpoints = Checkpoints(Path({folder!r}), keep=2, keep_every=0)
+for step in range(1, 10_000):
+    write(checkpoints, step)
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_there_is_always_an_intact_one(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[1])
+    for attempt in range(8):
+        code = KILLED.format(root=root, folder=str(tmp_path / "checkpoints"))
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        written = int(process.stdout.readline())
+        time.sleep(0.003 * attempt)
+        process.send_signal(signal.SIGKILL)
+        written = max([written, *map(int, process.stdout.read().split())])
+        process.wait()
+        found = steps(Checkpoints(tmp_path / "checkpoints", keep=2, keep_every=0))
+        assert found and found[0] >= written  # the one being announced may be there already
+
+
+def test_the_manifest_names_every_file_with_its_size(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = write(checkpoints, 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 3
+    sizes = {file: entry["bytes"] for file, entry in manifest["files"].items()}
+    assert sizes == {
+        "policy/__0_0.distcp": 768,
+        "random/rank_00000.pt": 5,
+        "state.json": len('{"cursor": 3}\n'),
+    }

@@ -1,0 +1,180 @@
+"""A run that is killed, stopped or moved goes on as if nothing had happened: whole runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from miles_lite.run import read_metrics
+
+# a learning rate that changes, dynamic sampling, two updates a step, an evaluation on the way
+WORDS = """
+train experiment=tiny log.name=run train.num_steps=8 checkpoint.every=3 eval.every=4
+rollout.num_prompts=8 rollout.samples_per_prompt=4 train.global_batch=16
+rollout.dynamic_sampling=true optim.warmup_updates=20
+""".split()
+VARYING = ("perf/", "memory/", "sync/send_time_max")  # times and what processes happen to hold
+
+
+def launch(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "miles_lite.cli", *WORDS, f"log.folder={folder}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        output = process.communicate(timeout=240)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def wait_for(run: Path, num_lines: int, process: subprocess.Popen[str]) -> None:
+    """Until so many lines of metrics are written."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        log = run / "metrics.jsonl"
+        if log.is_file() and log.read_bytes().count(b"\n") >= num_lines:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {num_lines} lines of metrics: {process.communicate(timeout=5)[0]}")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Each line as it stands, so that a step logged twice would show."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith(VARYING)} for line in lines]
+
+
+def samples(run: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(run)): gzip.decompress(path.read_bytes())
+        for path in run.rglob("step_*.jsonl.gz")
+    }
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf/model.safetensors")
+
+
+def assert_same_run(got: Path, wanted: Path) -> None:
+    assert metrics(got) == metrics(wanted)
+    assert samples(got) == samples(wanted)
+    ours, theirs = weights(got), weights(wanted)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(launch(folder))
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_each_step_is_logged_once(whole: Path) -> None:
+    lines = metrics(whole)
+    trained = [line["step"] for line in lines if "train/loss" in line]
+    assert trained == list(range(8))
+    assert [line["step"] for line in lines if "eval/eval" in line] == [0, 4, 8]
+    assert (whole / "checkpoints/latest").read_text() == "step_000008\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path, whole: Path) -> None:
+    draw = random.Random(0)
+    for num_lines in (2, 5, 8):  # before the first checkpoint, after it, after the second
+        process = launch(tmp_path)
+        wait_for(tmp_path / "run", num_lines, process)
+        time.sleep(draw.uniform(0, 1.5))  # in whatever phase of a step, in a save too
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finish(launch(tmp_path))
+    assert_same_run(tmp_path / "run", whole)
+    assert "has finished its 8 steps" in finish(launch(tmp_path))
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    for number, (signum, name) in enumerate(((signal.SIGTERM, "TERM"), (signal.SIGINT, "INT"))):
+        process = launch(tmp_path, "checkpoint.every=0")
+        wait_for(run, 2 + 3 * number, process)
+        process.send_signal(signum)
+        assert f"stopped by SIG{name}, all of it saved" in finish(process, 128 + signum)
+        assert json.loads((run / "summary.json").read_text())["outcome"] == "interrupted"
+        assert (run / "checkpoints/latest").is_file()
+    finish(launch(tmp_path, "checkpoint.every=0"))
+    assert_same_run(run, whole)
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    process = launch(tmp_path, "train.num_steps=1000")
+    wait_for(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    finish(process, 130)
+    assert not (tmp_path / "run/checkpoints/step_001000").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path: Path, whole: Path) -> None:
+    run = tmp_path / "run"
+    process = launch(tmp_path)
+    wait_for(run, 8, process)  # six steps are done
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints/step_000006").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    victim = max((run / "checkpoints/step_000006/policy").glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    output = finish(launch(tmp_path))
+    assert f"step_000006 is skipped: the contents of policy/{victim.name} have changed" in (
+        " ".join(output.split()).replace("- ", "-")
+    )
+    assert_same_run(run, whole)
+
+
+@pytest.mark.slow
+def test_another_layout_goes_on(tmp_path: Path, whole: Path) -> None:
+    """To the weights of the layout that stopped, but for rounding."""
+    process = launch(tmp_path)
+    wait_for(tmp_path / "run", 5, process)
+    (tmp_path / "run/save_now").touch()
+    wait_for(tmp_path / "run", 7, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    other = "parallel.tp=2 parallel.pp=2 parallel.dp=1 parallel.ep=2 rollout.engine.num_engines=2"
+    finish(launch(tmp_path, *other.split()))
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(whole)
+    for step in range(8):
+        for key in ("train/loss", "rollout/raw_reward", "train/grad_norm"):
+            assert ours[step][key] == pytest.approx(theirs[step][key], abs=1e-5), (step, key)
+    ours, theirs = weights(tmp_path / "run"), weights(whole)
+    assert max((ours[n] - tensor).abs().max() for n, tensor in theirs.items()) <= 1e-5
