@@ -17,6 +17,9 @@ miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of conf
 miles-lite check experiment=NAME [key=value ...]   read and check all it reads, start nothing
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
+miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
+miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
+                                                   verify, see convert --help
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
@@ -33,6 +36,8 @@ def run(words: Sequence[str]) -> int:
         "train": _train,
         "check": _check,
         "reward-audit": _reward_audit,
+        "convert": _convert,
+        "export": _export,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -69,6 +74,18 @@ def _check(overrides: Sequence[str]) -> None:
         f"{sum(map(len, inputs.eval_prompts.values()))} evaluation prompts, "
         f"{cfg.parallel.dims.world_size} devices: nothing speaks against it"
     )
+
+
+def _convert(words: Sequence[str]) -> None:
+    from miles_lite.weights import convert_command
+
+    convert_command.run(words)
+
+
+def _export(words: Sequence[str]) -> None:
+    from miles_lite.weights import convert_command
+
+    convert_command.export(words)
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ tensor; no model is made.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch
@@ -66,6 +68,12 @@ class Report:
     file: str
     num_bytes: int
     peak_rss: int  # bytes, of the process that did it
+
+
+@functools.cache
+def _opened(hf: Path) -> tuple[NemotronH, HfFiles]:
+    """Once a process: a large model has tens of thousands of tensors."""
+    return NemotronH.from_folder(hf), HfFiles(hf)
 
 
 def check_tensors(files: HfFiles, model: NemotronH) -> None:
@@ -164,13 +172,12 @@ class ToDist:
 
     def convert(self, unit: Unit) -> Report:
         """Write one file."""
-        model, files = NemotronH.from_folder(self.hf), HfFiles(self.hf)
+        model, files = _opened(self.hf)
         keep = {n for n, t in (hf_tensors(model) | mtp_tensors(model)).items() if t.fp32}
         groups = [group for group in pieces(model) if set(group[0]) <= set(unit.tensors)]
-        path, part = self.out / RELEASE / unit.file, self.out / RELEASE / f".{unit.file}.part"
         written: list[Written] = []
         hashes: dict[str, str] = {}
-        with part.open("wb") as out:
+        with _appearing(self.out / RELEASE / unit.file) as out:
             for names, chunks in groups:
                 for name in names:
                     with files.mapped(name) as tensor:
@@ -179,7 +186,6 @@ class ToDist:
                     tensor = self._assemble(files, piece, keep)
                     written.append(write_chunk(out, piece, tensor, unit.file))
                     del tensor
-        part.replace(path)
         note = {"written": [asdict(one) for one in written], "hashes": hashes}
         _note(self.out, unit, note)
         return Report(unit.file, unit.num_bytes, _peak_rss())
@@ -231,8 +237,11 @@ class ToHf:
         model, files = NemotronH.from_folder(self.template), HfFiles(self.template)
         check_tensors(files, model)
         dist = DistCheckpoint(iteration_folder(self.dist))
+        has_mtp = any(name in dist.shapes for name in mtp_tensors(model))
         for _, chunks in pieces(model):
             for piece in chunks:
+                if not has_mtp and piece.key.startswith("mtp."):
+                    continue
                 if dist.shapes.get(piece.key) != piece.global_shape:
                     raise ValueError(
                         f"{dist.folder}: key {piece.key!r} has shape {dist.shapes.get(piece.key)}, "
@@ -250,19 +259,25 @@ class ToHf:
 
     def convert(self, unit: Unit) -> Report:
         """Write one file."""
-        source = DistSource(iteration_folder(self.dist), NemotronH.from_folder(self.template))
-        path, part = self.out / unit.file, self.out / f".{unit.file}.part"
+        source, (_, files) = _source(self.dist, self.template), _opened(self.template)
         stored = read_header(self.template / unit.file)
         begin = min((one.begin for one in stored.values()), default=0)
         hashes: dict[str, str] = {}
-        with (self.template / unit.file).open("rb") as template, part.open("wb") as out:
+        with (
+            (self.template / unit.file).open("rb") as template,
+            _appearing(self.out / unit.file) as out,
+        ):
             out.write(template.read(begin))
             for name, one in sorted(stored.items(), key=lambda item: item[1].begin):
-                tensor = source.read(name).to(one.dtype).contiguous()
-                hashes[name] = content_hash(tensor)
                 out.seek(one.begin)
-                out.write(_bytes(tensor))
-        part.replace(path)
+                with contextlib.ExitStack() as stack:
+                    if source.has(name):
+                        tensor = source.read(name).to(one.dtype).contiguous()
+                    else:  # of a run, which carries the MTP block through untrained
+                        tensor = stack.enter_context(files.mapped(name))
+                    hashes[name] = content_hash(tensor)
+                    out.write(_bytes(tensor))
+                    del tensor
         _note(self.out, unit, {"hashes": hashes})
         return Report(unit.file, unit.num_bytes, _peak_rss())
 
@@ -290,6 +305,9 @@ class DistSource:
                     self._parts.setdefault(name, []).append((piece, offset, start, stop))
                     offset += stop - start
 
+    def has(self, name: str) -> bool:
+        return all(piece.key in self._dist.shapes for piece, *_ in self._parts[name])
+
     def read(self, name: str) -> torch.Tensor:
         """In the shape that HF knows. Raises ValueError for what is missing or corrupt."""
         shape = self._shapes[name]
@@ -301,6 +319,11 @@ class DistSource:
             offsets = (piece.offsets[0] + offset, *piece.offsets[1:])
             parts.append(self._dist.read(piece.key, offsets, (stop - start, *piece.shape[1:])))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.cache
+def _source(dist: Path, hf: Path) -> DistSource:
+    return DistSource(iteration_folder(dist), NemotronH.from_folder(hf))
 
 
 def verify(hf: Path, dist: Path) -> Iterator[tuple[str, int]]:
@@ -354,6 +377,18 @@ def content_hash(tensor: torch.Tensor) -> str:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that has its name only once it is complete; nothing is left of a failed one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as out:
+            yield out
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _claim(out: Path, purpose: Mapping[str, Any]) -> None:

@@ -145,9 +145,9 @@ def write_chunk(out: IO[bytes], piece: Piece, tensor: torch.Tensor, file: str) -
 
 
 def write_object(out: IO[bytes], key: str, file: str) -> Written:
-    """Append an empty state."""
+    """Append an empty state, in the list that megatron keeps objects in."""
     begin, raw = out.tell(), io.BytesIO()
-    torch.save(None, raw)
+    torch.save([None], raw)
     out.write(raw.getvalue())
     return Written(key, (), (), (), "", file, begin, out.tell() - begin)
 

@@ -42,7 +42,7 @@ def load(world: World, folder: Path, layout: ParallelDims, path: Path) -> dict[s
     for tensor in worker._weights.values():
         tensor.data.fill_(torch.nan)
     module = unwrap(worker._ddp)
-    state = module.sharded_state_dict()
+    state = {"model": module.sharded_state_dict()}
     keys: dict[str, tuple[int, ...]] = {}
     objects: set[str] = set()
 
@@ -60,11 +60,11 @@ def load(world: World, folder: Path, layout: ParallelDims, path: Path) -> dict[s
             for entry in value:
                 collect(entry)
 
-    collect(dict(state))
+    collect(state)
     loaded: Any = dist_checkpointing.load(
         state, str(path), TorchDistLoadShardedStrategy(), strict=StrictHandling.RAISE_UNEXPECTED
     )
-    module.load_state_dict(loaded)
+    module.load_state_dict(loaded["model"])
     wrong = [n for n, tensor in worker._weights.items() if not torch.equal(tensor, wanted[n])]
     return {"wrong": wrong, "keys": keys, "objects": objects, "num": len(wanted)}
 

@@ -1,0 +1,209 @@
+"""`miles-lite convert hf-to-dist | dist-to-hf | verify` and `miles-lite export`."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+import yaml
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from miles_lite.cluster.rendezvous import open_store
+from miles_lite.weights.convert import (
+    MANIFEST,
+    Report,
+    ToDist,
+    ToHf,
+    Unit,
+    check_resources,
+    done,
+    share,
+    verify,
+)
+
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+PORT = 29522  # where ranks meet on the head
+POLL_S = 0.5
+
+
+def run(words: Sequence[str]) -> None:
+    """Raises ValueError with one sentence that says what was wrong, and the way out."""
+    options = _parser().parse_args(words)
+    begin = time.monotonic()
+    if options.action == "verify":
+        checked = [num_bytes for _, num_bytes in verify(options.hf, options.dist)]
+        print(f"{len(checked)} tensors of {options.hf} and {options.dist} are the same: ", end="")
+    elif options.action == "hf-to-dist":
+        job = ToDist(options.hf, options.out, DTYPES[options.dtype])
+        checked = _convert(job, options)
+    else:
+        job = ToHf(options.dist, options.hf_template, options.out)
+        checked = _convert(job, options)
+    _closing(checked, time.monotonic() - begin)
+
+
+def export(words: Sequence[str]) -> None:
+    """`export RUN[@STEP] --out DIR`: a checkpoint of a run as an HF folder."""
+    parser = argparse.ArgumentParser(prog="miles-lite export")
+    parser.add_argument("run", help="folder of a run, RUN or RUN@STEP")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args(words)
+    folder, _, step = options.run.rpartition("@") if "@" in options.run else (options.run, "", "")
+    checkpoints = Path(folder) / "checkpoints"
+    tracker = checkpoints / "latest"
+    if not tracker.is_file():
+        raise ValueError(f"{folder} has no checkpoint: {tracker} is not there")
+    name = f"step_{int(step):06d}" if step.isdecimal() else step or tracker.read_text().strip()
+    if not (checkpoints / name / "manifest.json").is_file():
+        kept = ", ".join(sorted(path.name for path in checkpoints.glob("step_*")))
+        raise ValueError(f"{checkpoints} has no {name}; there are {kept}")
+    config = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+    template = Path(config["model"]["path"])
+    options.node_rank, options.num_nodes, options.head_ip, options.timeout = 0, 1, "", 600.0
+    begin = time.monotonic()
+    job = ToHf(checkpoints / name / "policy", template, options.out)
+    _closing(_convert(job, options), time.monotonic() - begin)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="miles-lite convert")
+    actions = parser.add_subparsers(dest="action", required=True)
+    to_dist = actions.add_parser("hf-to-dist", help="HF folder to Megatron torch_dist")
+    to_dist.add_argument("--hf", type=Path, required=True)
+    to_dist.add_argument("--dtype", choices=list(DTYPES), default="keep")
+    to_hf = actions.add_parser("dist-to-hf", help="Megatron torch_dist to an HF folder")
+    to_hf.add_argument("--dist", type=Path, required=True)
+    to_hf.add_argument("--hf-template", type=Path, required=True, help="gives files and names")
+    for one in (to_dist, to_hf):
+        one.add_argument("--out", type=Path, required=True)
+        one.add_argument("--node-rank", type=int, default=0)
+        one.add_argument("--num-nodes", type=int, default=1)
+        one.add_argument("--head-ip", default="", help="where ranks meet; else in the folder")
+        one.add_argument("--workers", type=int, default=1, help="processes of this rank")
+        one.add_argument("--timeout", type=float, default=600.0, help="seconds without any news")
+    compare = actions.add_parser("verify", help="compare an HF folder with a torch_dist one")
+    compare.add_argument("--hf", type=Path, required=True)
+    compare.add_argument("--dist", type=Path, required=True)
+    return parser
+
+
+def _convert(job: ToDist | ToHf, options: argparse.Namespace) -> list[int | Report]:
+    """This rank's share; rank 0 also waits for the others and closes the folder."""
+    rank, num_ranks = options.node_rank, options.num_nodes
+    if not 0 <= rank < num_ranks or options.workers < 1:
+        raise ValueError(
+            f"--node-rank {rank} --num-nodes {num_ranks} --workers {options.workers}: wanted "
+            "0 <= node-rank < num-nodes, and at least 1 worker"
+        )
+    units, largest = job.prepare()
+    mine = [unit for unit in share(units, rank, num_ranks) if not done(job.out, unit)]
+    to_write = sum(unit.num_bytes for unit in units if not done(job.out, unit))
+    if not to_write and (job.out / MANIFEST).is_file():
+        print(f"{job.out} is complete: nothing to do")
+        return []
+    print(check_resources(job.out, to_write, largest, options.workers), flush=True)
+    if options.head_ip:
+        _meet(options.head_ip, rank, num_ranks, options.timeout)
+    reports = _work(job, mine, options.workers)
+    if rank == 0:
+        _wait_for_others(job.out, units, num_ranks, options.timeout)
+        job.finish(units)
+    return reports
+
+
+def _meet(host: str, rank: int, num_ranks: int, timeout_s: float) -> None:
+    """All ranks are there, before the first byte is written."""
+    store = open_store(host, PORT, rank == 0, timeout_s)
+    store.set(f"rank{rank}", "here")
+    deadline = time.monotonic() + timeout_s
+    while missing := [r for r in range(num_ranks) if not store.check([f"rank{r}"])]:
+        if time.monotonic() > deadline:
+            told = ", ".join(map(str, missing))
+            raise ValueError(
+                f"rank {told} of {num_ranks} did not come to {host}:{PORT} within {timeout_s:g} s"
+            )
+        time.sleep(POLL_S)
+    store.set(f"seen{rank}", "all")
+    while rank == 0 and not store.check([f"seen{r}" for r in range(num_ranks)]):
+        if time.monotonic() > deadline:
+            break  # the store is all that they need of rank 0
+        time.sleep(POLL_S)
+
+
+def _work(job: ToDist | ToHf, units: Sequence[Unit], workers: int) -> list[int | Report]:
+    reports: list[int | Report] = []
+    total = sum(unit.num_bytes for unit in units)
+    context = multiprocessing.get_context("spawn")
+    with (
+        _progress() as progress,
+        ProcessPoolExecutor(max(1, min(workers, len(units))), mp_context=context) as pool,
+    ):
+        task = progress.add_task(job.out.name, total=total, rate="")
+        futures = {pool.submit(job.convert, unit): unit for unit in units}
+        begin, moved = time.monotonic(), 0
+        try:
+            for future in as_completed(futures):
+                report = future.result()
+                reports.append(report)
+                moved += report.num_bytes
+                rate = f"{moved / 1e9 / max(time.monotonic() - begin, 1e-9):.2f} GB/s"
+                progress.update(task, advance=report.num_bytes, rate=rate)
+        except (OSError, BrokenProcessPool) as error:
+            for future in futures:
+                future.cancel()
+            why = getattr(error, "strerror", None) or "a worker died (killed, or out of memory)"
+            raise ValueError(
+                f"{job.out}: {why}; what is finished stays, the same command goes on"
+            ) from error
+    return reports
+
+
+def _wait_for_others(out: Path, units: Sequence[Unit], num_ranks: int, timeout_s: float) -> None:
+    """Until every rank has done its share. Gives up, naming ranks, after a time without news."""
+    shares = [share(units, rank, num_ranks) for rank in range(num_ranks)]
+    with _progress() as progress:
+        total = sum(unit.num_bytes for unit in units)
+        task = progress.add_task("all ranks", total=total, rate="")
+        news, known = time.monotonic(), -1
+        while True:
+            left = [sum(u.num_bytes for u in one if not done(out, u)) for one in shares]
+            slowest = max(range(num_ranks), key=left.__getitem__)
+            progress.update(
+                task,
+                completed=total - sum(left),
+                rate=f"slowest: rank {slowest}" if any(left) else "",
+            )
+            if not any(left):
+                return
+            if sum(left) != known:
+                news, known = time.monotonic(), sum(left)
+            if time.monotonic() - news > timeout_s:
+                late = ", ".join(str(rank) for rank, todo in enumerate(left) if todo)
+                raise ValueError(
+                    f"{out}: no news for {timeout_s:g} s of rank {late}; start it again, and then "
+                    "this one: what is finished stays"
+                )
+            time.sleep(POLL_S)
+
+
+def _progress() -> Progress:
+    return Progress(
+        *Progress.get_default_columns()[:-1],
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+
+
+def _closing(reports: Sequence[int | Report], seconds: float) -> None:
+    """Bytes, seconds, GB/s, peak memory."""
+    num_bytes = sum(r.num_bytes if isinstance(r, Report) else r for r in reports)
+    peak = max((r.peak_rss for r in reports if isinstance(r, Report)), default=0)
+    memory = f", peak RSS of a worker {peak / 1e9:.2f} GB" if peak else ""
+    print(f"{num_bytes:,} bytes in {seconds:.1f} s, {num_bytes / 1e9 / seconds:.2f} GB/s{memory}")
