@@ -1,0 +1,329 @@
+"""HF to torch_dist and back: to the bit, whoever is killed, and nothing wrong goes through."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from miles_lite.weights import convert
+from miles_lite.weights.convert import TRACKER, ToDist, ToHf, share, verify
+from miles_lite.weights.hf_files import INDEX
+from miles_lite.weights.torch_dist import DistCheckpoint
+
+PROJECT = Path(__file__).parents[2]
+TINY = PROJECT / "configs/model/tiny"
+
+
+def make(out: Path, *words: str) -> Path:
+    """A random model in several shards, with MTP, tokenizer and the rest of the tiny one."""
+    config = TINY / "config.json"
+    command = [sys.executable, "tools/make_model.py", str(out), "--config", str(config), *words]
+    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("sharded") / "hf", "--shard-gb", "0.0003")
+
+
+@pytest.fixture
+def copy(sharded: Path, tmp_path: Path) -> Path:
+    """One that a test may damage."""
+    return Path(shutil.copytree(sharded, tmp_path / "hf"))
+
+
+def do(job: ToDist | ToHf) -> None:
+    units, _ = job.prepare()
+    for unit in units:
+        job.convert(unit)
+    job.finish(units)
+
+
+def to_dist(hf: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
+    do(ToDist(hf, out, dtype))
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("hf", ["sharded", "tiny"])
+def test_there_and_back_every_file_is_the_same(hf: str, sharded: Path, tmp_path: Path) -> None:
+    source = TINY if hf == "tiny" else sharded
+    dist = to_dist(source, tmp_path / "dist")
+    assert (dist / TRACKER).read_text() == "release\n"
+    do(ToHf(dist, source, tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(source)
+    if hf == "sharded":
+        assert len(list(source.glob("*.safetensors"))) > 3
+        assert any(name.startswith("mtp.") for name in weights(source))
+    manifests = [json.loads((f / "manifest.json").read_text()) for f in (dist, tmp_path / "back")]
+    assert manifests[0] == manifests[1]
+    assert len(list(verify(source, dist))) == len(weights(source))
+
+
+def test_a_dtype_is_for_all_but_what_stays_fp32(sharded: Path, tmp_path: Path) -> None:
+    folder = to_dist(sharded, tmp_path / "dist", torch.bfloat16) / "release"
+    dist = DistCheckpoint(folder)
+    key = "decoder.layers.0.mixer.{}"
+    for name, dtype in (("A_log", torch.float32), ("norm.weight", torch.bfloat16)):
+        shape = dist.shapes[key.format(name)]
+        assert dist.read(key.format(name), (0,) * len(shape), shape).dtype is dtype
+    router = "decoder.layers.1.mlp.router.expert_bias"
+    assert dist.read(router, (0,), dist.shapes[router]).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "spelling", [("mamba", "moe", "attention"), ("linear_attention", "moe", "full_attention")]
+)
+def test_the_pattern_is_written_for_everybody(
+    copy: Path, tmp_path: Path, spelling: tuple[str, str, str]
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    words = dict(zip("ME*", spelling, strict=True))
+    config["layers_block_type"] = [words[kind] for kind in config.pop("hybrid_override_pattern")]
+    config["mtp_layers_block_type"] = ["attention", "moe"]
+    del config["mtp_hybrid_override_pattern"]
+    (copy / "config.json").write_text(json.dumps(config))
+    do(ToHf(to_dist(copy, tmp_path / "dist"), copy, tmp_path / "back"))
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert written["hybrid_override_pattern"] == "MEM*EM*E"
+    assert written["mtp_hybrid_override_pattern"] == "*E"
+
+
+# ------------------------------------------------------------------ what does not go through
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    name = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != name}, shard(folder))
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"][name]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def add_tensor(folder: Path) -> None:
+    save_file(load_file(shard(folder)) | {"backbone.extra": torch.ones(2)}, shard(folder))
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["backbone.extra"] = shard(folder).name
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def integers(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name].to(torch.int32)}, shard(folder))
+
+
+def reshape(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name].reshape(-1)}, shard(folder))
+
+
+def edit_config(**values: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return edit
+
+
+def overwrite(offset: int, data: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        with shard(folder).open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (drop_tensor, r"disagree; 1 missing: backbone\."),
+        (add_tensor, r"disagree; 1 unknown: backbone\.extra"),
+        (integers, r"tensor 'backbone.* has dtype I32, only F32, BF16, F16"),
+        (reshape, r"tensor 'backbone.* has shape \(\d+,\), config.json makes it \(\d+, \d+\)"),
+        (lambda f: os.truncate(shard(f), 200_000), r"00001-of.* is truncated at offset 200,000: te"),
+        (lambda f: os.truncate(shard(f), 100), r"00001-of-.* header of [\d,]+ bytes does not fit"),
+        (overwrite(8, b"\xff\xff"), r"the header at offset 8 is corrupt"),
+        (overwrite(0, b"\xff" * 8), r"is truncated or no safetensors file"),
+        (lambda f: shard(f).unlink(), r"index\.json names the file 'model-00001-of-"),
+        (edit_config(hybrid_override_pattern="MEM*EMME"), r"pattern 'MEM\*EMME' .*disagree; \d+ mis"),
+        (edit_config(num_hidden_layers=9), r"num_hidden_layers = 9 but the layer pattern"),
+        (edit_config(num_nextn_predict_layers=0), r"unknown: mtp\.layers\.0\."),
+    ],
+)  # fmt: skip
+def test_a_damaged_source_is_named(
+    copy: Path, tmp_path: Path, damage: Callable[[Path], None], complaint: str
+) -> None:
+    damage(copy)
+    with pytest.raises(ValueError, match=complaint):
+        ToDist(copy, tmp_path / "out", None).prepare()
+    assert not (tmp_path / "out").exists()  # before anything was written
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and was not made by this conversion"):
+        ToDist(sharded, tmp_path / "out", None).prepare()
+    to_dist(sharded, tmp_path / "dist")
+    with pytest.raises(ValueError, match="holds another conversion"):
+        ToDist(sharded, tmp_path / "dist", torch.bfloat16).prepare()
+
+
+def test_too_little_room_is_refused_with_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "5.0 GB to write" in convert.check_resources(tmp_path, 5 * 10**9, 10**6, 1)
+    with pytest.raises(ValueError, match=r"needs 1,000,000\.0 GB more, [\d,.]+ GB are free"):
+        convert.check_resources(tmp_path, 10**15, 10**6, 1)
+    with pytest.raises(ValueError, match=r"500 workers need up to 3\.1 GB each.*--workers \d+"):
+        convert.check_resources(tmp_path, 10, 10**9, 500)
+
+
+def test_a_full_disk_leaves_what_is_finished(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
+    job = ToDist(sharded, tmp_path / "dist", None)
+    units, _ = job.prepare()
+    assert len(units) > 3
+    job.convert(units[0])
+    real = convert.write_chunk
+
+    def full(*args: Any) -> Any:
+        real(*args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_chunk", full)
+    with pytest.raises(OSError, match="No space left"):
+        job.convert(units[1])
+    monkeypatch.undo()
+    monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
+    assert [convert.done(job.out, unit) for unit in units[:2]] == [True, False]
+    assert [path.name for path in (job.out / "release").iterdir()] == [units[0].file]
+    do(job)
+    assert len(list(verify(sharded, tmp_path / "dist"))) == len(weights(sharded))
+
+
+def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
+    dist = to_dist(sharded, tmp_path / "dist")
+    file = max((dist / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"differs between|is corrupt"):
+        list(verify(sharded, dist))
+    os.truncate(file, len(data) // 2)
+    with pytest.raises(ValueError, match=r"__\d+_0\.distcp is truncated at offset [\d,]+: key '"):
+        list(verify(sharded, dist))
+
+
+def test_what_is_no_checkpoint_says_so(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no torch_dist checkpoint"):
+        ToHf(tmp_path, sharded, tmp_path / "out").prepare()
+    (tmp_path / ".metadata").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read"):
+        ToHf(tmp_path, sharded, tmp_path / "out").prepare()
+
+
+def test_shares_are_even_and_leave_nothing_out() -> None:
+    units = [convert.Unit(f"f{i}", (), size) for i, size in enumerate([9, 1, 5, 5, 2, 7, 3, 8])]
+    shares = [share(units, rank, 3) for rank in range(3)]
+    assert sorted(unit.file for one in shares for unit in one) == sorted(u.file for u in units)
+    loads = [sum(unit.num_bytes for unit in one) for one in shares]
+    assert max(loads) - min(loads) <= 2
+
+
+# ------------------------------------------------------------------ processes
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 MB: several output files."""
+    words = ["hidden_size=512", "moe_latent_size=256", "n_routed_experts=32"]
+    words += ["moe_intermediate_size=1024"]
+    return make(tmp_path_factory.mktemp("large") / "hf", "--shard-gb", "0.1", "--set", *words)
+
+
+def command(hf: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "miles_lite.cli", "convert", "hf-to-dist"]
+    return subprocess.Popen(
+        [*line, "--hf", str(hf), "--out", str(out), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=PROJECT,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_killed_it_goes_on_where_it_was(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    process = command(large, out)
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".progress/__*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in out.glob(".progress/__*")}
+    assert before and not (out / TRACKER).exists()
+    output, _ = command(large, out).communicate(timeout=120)
+    assert "GB/s, peak RSS of a worker" in output
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # not done again
+    assert len(list(verify(large, out))) == len(weights(large))
+    output, _ = command(large, out).communicate(timeout=120)
+    assert "is complete: nothing to do" in output
+
+
+def test_two_ranks_share_the_work(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    words = ("--num-nodes", "2", "--head-ip", "127.0.0.1", "--timeout", "60")
+    ranks = [command(large, out, "--node-rank", str(rank), *words) for rank in (1, 0)]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    told = [int(o.rsplit(" bytes in", 1)[0].rsplit("\n", 1)[-1].replace(",", "")) for o in outputs]
+    assert min(told) > 0 and sum(told) == sum(t.nbytes for t in weights(large).values())
+    assert len(list(verify(large, out))) == len(weights(large))
+
+
+def test_a_rank_that_does_not_come_is_named(sharded: Path, tmp_path: Path) -> None:
+    words = ("--num-nodes", "3", "--node-rank", "0", "--timeout", "3")
+    met = command(sharded, tmp_path / "a", *words, "--head-ip", "127.0.0.1")
+    assert "rank 1, 2 of 3 did not come to 127.0.0.1" in met.communicate(timeout=60)[0]
+    alone = command(sharded, tmp_path / "b", *words[:1], "2", *words[2:])
+    output = alone.communicate(timeout=60)[0]
+    assert alone.returncode in (0, 2)
+    if alone.returncode == 2:  # where rank 1 has something to do
+        assert "no news for 3 s of rank 1" in output
