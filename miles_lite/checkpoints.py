@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 Digests = Callable[[Path, Sequence[str]], Mapping[str, str]]  # of files, by their relative names
 
 
+class CheckpointError(RuntimeError):
+    """What was loaded does not compute what was saved."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     folder: Path

@@ -303,6 +303,7 @@ class CheckpointConfig:
     minutes: float = 0.0  # since the last one, at the next end of a step; 0: not by time
     keep: int = 2  # the newest so many stay
     keep_every: int = 0  # and those of every so many steps; 0: no others
+    asynchronous: bool = False  # trainers write in the background, until the end of the next step
 
     def __post_init__(self) -> None:
         _positive(self, "keep")

@@ -178,8 +178,12 @@ class Trainer(Resident, Protocol):
         """Sample -> log-probs of its response as the weights are now, of the first update."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write all state into an empty folder."""
+    def save(self, folder: Path, asynchronous: bool) -> None:
+        """Write all state into an empty folder; asynchronously, go on while it is written."""
+        ...
+
+    def finish_save(self) -> None:
+        """All that `save` began is written when this returns."""
         ...
 
     def load(self, folder: Path, same_layout: bool) -> None:

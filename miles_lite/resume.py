@@ -10,7 +10,7 @@ from typing import Any
 
 from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.build import Parts
-from miles_lite.checkpoints import Checkpoint
+from miles_lite.checkpoints import Checkpoint, CheckpointError
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run
@@ -24,18 +24,14 @@ ROUNDING = 1e-5  # nats; and this much is always forgiven
 DRIFT = "train/train_rollout_logprob_abs_diff"
 
 
-class ResumeError(RuntimeError):
-    """What was loaded does not compute what was saved."""
-
-
 def save(
     step: int, run: Run, parts: Parts, watch: SignalWatch, batch: Batch, metrics: Metrics
 ) -> None:
-    """Write the checkpoint after `step` steps; nobody sees it before it is complete."""
-    folder = run.checkpoints.begin(step)
-    parts.trainer.save(folder)
+    """Begin the checkpoint after `step` steps, and complete it unless that may wait."""
+    parts.trainer.save(run.checkpoints.begin(step), run.saves_meanwhile)
     probe = batch.sequences[: PROBES * parts.trainer.dp]
     state = {
+        "config": run.config,
         "layout": dict(parts.trainer.layout),
         "prompts": parts.prompts.state(),
         "num_dead": watch.num_dead,
@@ -44,6 +40,17 @@ def save(
         "probe": [dataclasses.asdict(sequence) for sequence in probe],
         "scores": _scores(probe, parts.trainer, parts.packing),
     }
+    run.saving = step, state
+    if not run.saves_meanwhile:
+        complete(run, parts)
+
+
+def complete(run: Run, parts: Parts) -> None:
+    """The checkpoint that was begun, if any, is on disk and seen when this returns."""
+    if run.saving is None:
+        return
+    (step, state), run.saving = run.saving, None
+    parts.trainer.finish_save()
     checkpoint = run.checkpoints.commit(step, state, parts.trainer.digests)
     run.checkpoint_done()
     logger.info("saved %s", checkpoint.folder)
@@ -53,7 +60,7 @@ def restore(run: Run, parts: Parts, watch: SignalWatch) -> None:
     """Bring all parts to the newest intact checkpoint of the run, and `run.start` to its step.
 
     Without one the run starts anew, and what an earlier attempt logged is dropped. Raises
-    ResumeError if the loaded weights score the probe otherwise than the saved ones did.
+    CheckpointError if the loaded weights score the probe otherwise than the saved ones did.
     """
     found = next(run.checkpoints.intact(parts.trainer.digests), None)
     if found is None:
@@ -91,7 +98,7 @@ def _check_scores(found: Checkpoint, parts: Parts) -> None:
     gap = statistics.fmean(gaps) if gaps else 0.0
     limit = max(ROUNDING, SURPRISE * state["drift"])
     if not gap <= limit:  # also NaN
-        raise ResumeError(
+        raise CheckpointError(
             f"{found.folder}: the weights loaded give the last answers of the run log-probs that "
             f"differ by {gap:.3g} nats a token from those before saving, more than {limit:.3g}. "
             "The files are as they were written, so model, libraries or hardware have changed; "

@@ -77,14 +77,22 @@ class Run:
     """Created by the driver, which alone writes here. A context: leaving it closes all sinks."""
 
     def __init__(
-        self, folder: Path, lock: IO[str], sinks: Sequence[Sink], checkpoint: CheckpointConfig
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        lock: IO[str],
+        sinks: Sequence[Sink],
+        checkpoint: CheckpointConfig,
     ) -> None:
         self.folder = folder
+        self.config = config  # the resolved one, as plain values
         self._lock = lock  # as long as it is open nobody else trains this run
         self.start = 0  # the first step to train
         self.checkpoints = Checkpoints(
             folder / "checkpoints", checkpoint.keep, checkpoint.keep_every
         )
+        self.saves_meanwhile = checkpoint.asynchronous
+        self.saving: tuple[int, dict[str, Any]] | None = None  # step and state not yet complete
         self._sinks = sinks
         self._checkpoint = checkpoint
         self._last_checkpoint = time.monotonic()
@@ -112,7 +120,7 @@ class Run:
         if cfg.log.wandb_project:
             project = cfg.log.wandb_project
             sinks.append(WandbSink(folder, project=project, name=folder.name, config=plain))
-        return cls(folder, lock, sinks, cfg.checkpoint)
+        return cls(folder, plain, lock, sinks, cfg.checkpoint)
 
     # ------------------------------------------------------------------ going on
 

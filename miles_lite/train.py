@@ -61,11 +61,15 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
             run.save_samples(step, drawn.groups, result.logprobs)
         console.step(step, metrics)
         watch.look(drawn.groups, sequences)
+        resume.complete(run, parts)  # what an earlier step began
         if run.checkpoint_due(step + 1) or stop.asked or step + 1 == cfg.train.num_steps:
             console.phase("save")
             resume.save(step + 1, run, parts, watch, batch, metrics)
-        stop.heed()
+        if stop.asked:
+            resume.complete(run, parts)
+            stop.heed()
 
+    resume.complete(run, parts)
     console.phase("evaluate")
     devices.enter(Phase.generate)
     _evaluate(run, cfg.train.num_steps, parts, console)

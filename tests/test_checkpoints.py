@@ -62,7 +62,7 @@ def flip(file: Path) -> None:
 
 
 FILES = ["policy/__0_0.distcp", "random/rank_00000.pt", "state.json", "manifest.json"]
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (flip, "the contents of .* have changed|manifest.json cannot be read"),
     "truncated": (
         lambda file: os.truncate(file, file.stat().st_size // 2),

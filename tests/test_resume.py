@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from miles_lite.run import read_metrics
+from miles_lite.weights.checksum import file_digest
 
 # a learning rate that changes, dynamic sampling, two updates a step, an evaluation on the way
 WORDS = """
@@ -105,8 +107,9 @@ def test_each_step_is_logged_once(whole: Path) -> None:
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path, whole: Path) -> None:
     draw = random.Random(0)
-    for num_lines in (2, 5, 8):  # before the first checkpoint, after it, after the second
-        process = launch(tmp_path)
+    # before the first checkpoint, after it, after the second; some written in the background
+    for num_lines, meanwhile in ((2, "false"), (5, "true"), (8, "true")):
+        process = launch(tmp_path, f"checkpoint.asynchronous={meanwhile}")
         wait_for(tmp_path / "run", num_lines, process)
         time.sleep(draw.uniform(0, 1.5))  # in whatever phase of a step, in a save too
         os.killpg(process.pid, signal.SIGKILL)
@@ -159,6 +162,23 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path: Path, whole:
         " ".join(output.split()).replace("- ", "-")
     )
     assert_same_run(run, whole)
+
+
+@pytest.mark.slow
+def test_weights_that_compute_something_else_stop_the_run(tmp_path: Path, whole: Path) -> None:
+    """Every byte is as the manifest says, and still the log-probs are not those of before."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    folder = run / "checkpoints/step_000008"
+    state = json.loads((folder / "state.json").read_text())
+    state["scores"][0] = [score - 0.01 for score in state["scores"][0]]
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    size = (folder / "state.json").stat().st_size
+    manifest["files"]["state.json"] = {"bytes": size, "hash": file_digest(folder / "state.json")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    output = " ".join(finish(launch(tmp_path, "train.num_steps=9"), 1).split())
+    assert "give the last answers of the run log-probs that differ by 0.00" in output
+    assert "remove this checkpoint to go on from an older one" in output
 
 
 @pytest.mark.slow

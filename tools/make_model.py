@@ -59,7 +59,7 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--config", type=Path, help="a config.json; Nano 30B's widths without")
     parser.add_argument("--pattern", help="layers, such as MEM*E")

@@ -85,8 +85,12 @@ class TrainerGroup:
         ]
         return {k: v for scores in gather(calls, self._timeout_s) for k, v in scores.items()}
 
-    def save(self, folder: Path) -> None:
-        call_all(self._workers, "save", folder.absolute(), deadline_s=self._timeout_s)
+    def save(self, folder: Path, asynchronous: bool) -> None:
+        deadline = self._timeout_s
+        call_all(self._workers, "save", folder.absolute(), asynchronous, deadline_s=deadline)
+
+    def finish_save(self) -> None:
+        call_all(self._workers, "finish_save", deadline_s=self._timeout_s)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         call_all(self._workers, "load", folder.absolute(), same_layout, deadline_s=self._timeout_s)

@@ -28,6 +28,7 @@ class Stretch:
     load: Path | None = None
     save: Path | None = None
     same_layout: bool = True
+    asynchronous: bool = False  # and go on with a step while it is written
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def live(world: World, stretches: list[Stretch]) -> list[Outcome]:
             logprobs.append(report.logprobs)
         if stretch.save:
             stretch.save.mkdir(exist_ok=True)
-            worker.save(stretch.save)
+            worker.save(stretch.save, stretch.asynchronous)
+            if stretch.asynchronous:
+                worker.step([update.micro_batches[dp_rank] for update in batch.updates])
+            worker.finish_save()
         rows = [
             (tensor, h.dim, start, worker._weights[h.param].detach().float().narrow(h.dim, off, n))
             for h in worker.hosted()
@@ -122,6 +126,24 @@ def test_going_on_is_exact(tiny: Tiny, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_going_on_with_two_ranks_is_exact(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     check_going_on(tiny, tmp_path, dims(dp=2, ep=2), **KINDS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32", "offloaded bf16", "reference"])
+def test_written_meanwhile_it_holds_the_moment_it_was_begun(
+    tiny: Tiny, tmp_path: Path, kind: str
+) -> None:
+    layout = dims(dp=2, ep=2)
+    spec, batch = spec_of(tiny.folder, layout, **{"optim": WARM, **KINDS[kind]}), batch_for(2)
+    folder = tmp_path / "checkpoint"
+    whole, _, resumed = lives(
+        [
+            Stretch(spec, (batch, batch)),
+            Stretch(spec, (batch,), save=folder, asynchronous=True),
+            Stretch(spec, (batch,), load=folder),
+        ]
+    )
+    assert_equal(resumed, whole)
 
 
 @pytest.mark.slow

@@ -95,9 +95,10 @@ def test_a_dtype_is_for_all_but_what_stays_fp32(sharded: Path, tmp_path: Path) -
     assert dist.read(router, (0,), dist.shapes[router]).dtype is torch.float32
 
 
-@pytest.mark.parametrize(
-    "spelling", [("mamba", "moe", "attention"), ("linear_attention", "moe", "full_attention")]
-)
+SPELLINGS = [("mamba", "moe", "attention"), ("linear_attention", "moe", "full_attention")]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_the_pattern_is_written_for_everybody(
     copy: Path, tmp_path: Path, spelling: tuple[str, str, str]
 ) -> None:
@@ -172,12 +173,12 @@ def overwrite(offset: int, data: bytes) -> Callable[[Path], None]:
         (add_tensor, r"disagree; 1 unknown: backbone\.extra"),
         (integers, r"tensor 'backbone.* has dtype I32, only F32, BF16, F16"),
         (reshape, r"tensor 'backbone.* has shape \(\d+,\), config.json makes it \(\d+, \d+\)"),
-        (lambda f: os.truncate(shard(f), 200_000), r"00001-of.* is truncated at offset 200,000: te"),
+        (lambda f: os.truncate(shard(f), 200_000), r"00001-of.* is truncated at offset 200,000"),
         (lambda f: os.truncate(shard(f), 100), r"00001-of-.* header of [\d,]+ bytes does not fit"),
         (overwrite(8, b"\xff\xff"), r"the header at offset 8 is corrupt"),
         (overwrite(0, b"\xff" * 8), r"is truncated or no safetensors file"),
         (lambda f: shard(f).unlink(), r"index\.json names the file 'model-00001-of-"),
-        (edit_config(hybrid_override_pattern="MEM*EMME"), r"pattern 'MEM\*EMME' .*disagree; \d+ mis"),
+        (edit_config(hybrid_override_pattern="MEM*EMME"), r"pattern 'MEM\*EMME' .*disagree; "),
         (edit_config(num_hidden_layers=9), r"num_hidden_layers = 9 but the layer pattern"),
         (edit_config(num_nextn_predict_layers=0), r"unknown: mtp\.layers\.0\."),
     ],
@@ -240,9 +241,10 @@ def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
     dist = to_dist(sharded, tmp_path / "dist")
     file = max((dist / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    name, tensor = max(weights(sharded).items(), key=lambda item: item[1].numel())
+    data[data.index(bytes(tensor.flatten()[:8].view(torch.uint8))) + 3] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"differs between|is corrupt"):
+    with pytest.raises(ValueError, match=f"'{name}' differs between|is corrupt"):
         list(verify(sharded, dist))
     os.truncate(file, len(data) // 2)
     with pytest.raises(ValueError, match=r"__\d+_0\.distcp is truncated at offset [\d,]+: key '"):
@@ -318,12 +320,9 @@ def test_two_ranks_share_the_work(large: Path, tmp_path: Path) -> None:
     assert len(list(verify(large, out))) == len(weights(large))
 
 
-def test_a_rank_that_does_not_come_is_named(sharded: Path, tmp_path: Path) -> None:
+def test_a_rank_that_does_not_come_is_named(sharded: Path, large: Path, tmp_path: Path) -> None:
     words = ("--num-nodes", "3", "--node-rank", "0", "--timeout", "3")
     met = command(sharded, tmp_path / "a", *words, "--head-ip", "127.0.0.1")
     assert "rank 1, 2 of 3 did not come to 127.0.0.1" in met.communicate(timeout=60)[0]
-    alone = command(sharded, tmp_path / "b", *words[:1], "2", *words[2:])
-    output = alone.communicate(timeout=60)[0]
-    assert alone.returncode in (0, 2)
-    if alone.returncode == 2:  # where rank 1 has something to do
-        assert "no news for 3 s of rank 1" in output
+    alone = command(large, tmp_path / "b", "--num-nodes", "2", "--timeout", "3")
+    assert "no news for 3 s of rank 1; start it again" in alone.communicate(timeout=60)[0]

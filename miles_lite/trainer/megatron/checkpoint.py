@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as groups
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -40,18 +41,20 @@ def save(
     ddp: torch.nn.Module,
     optimizer: Optimizer,
     reference: Sequence[torch.Tensor],
+    writer: Writer,
 ) -> None:
-    """Write this rank's part. Collective over all ranks; `folder` is there and empty."""
+    """Write this rank's part. Collective over all ranks; `folder` is there and empty. Weights and
+    optimizer are there only when `writer` has finished."""
     rank = dist.get_rank()
     for name in ("policy", "random", *(["reference"] if reference else [])):
         if rank == 0:
             (folder / name).mkdir()
     dist.barrier()
     state = {**_policy(ddp, optimizer, loading=False), "updates": optimizer.num_updates}
-    _save(state, folder / "policy")
+    writer.write(state, folder / "policy")
     if reference:
         with _weights_of(ddp, reference):
-            _save({"model": _weights(ddp)}, folder / "reference")
+            writer.write({"model": _weights(ddp)}, folder / "reference")
     torch.save(_random_state(), folder / "random" / f"rank_{rank:05d}.pt")
 
 
@@ -110,15 +113,39 @@ def _policy(ddp: torch.nn.Module, optimizer: Optimizer, loading: bool) -> dict[s
     return {"model": weights, "optimizer": optimizer.state(weights, loading, _metadata())}
 
 
-def _save(state: dict[str, Any], folder: Path) -> None:
-    strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1), _dp_group(), True
-    )
-    content = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
-    # megatron-core 0.17 would take another writer than its own by default
-    known = inspect.signature(dist_checkpointing.save).parameters
-    chosen: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in known else {}
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=content, **chosen)
+class Writer:
+    """Writes torch_dist folders: at once, or in forked processes, which see memory as it was when
+    they were forked, while this one goes on."""
+
+    def __init__(self, asynchronous: bool) -> None:
+        self._queue = AsyncCallsQueue() if asynchronous else None
+
+    def write(self, state: dict[str, Any], folder: Path) -> None:
+        strategy = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1), _dp_group(), True
+        )
+        content = {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
+        # megatron-core 0.17 would take another writer than its own by default
+        known = inspect.signature(dist_checkpointing.save).parameters
+        chosen: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in known else {}
+        request = dist_checkpointing.save(
+            state,
+            str(folder),
+            strategy,
+            async_sharded_save=self._queue is not None,
+            content_metadata=content,
+            **chosen,
+        )
+        if self._queue is not None:
+            assert request is not None, "megatron was asked for an asynchronous save"
+            self._queue.schedule_async_request(request)
+
+    def finish(self) -> None:
+        """Collective: all is written, on all ranks, when this returns."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._queue.close()
+            self._queue = None
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:

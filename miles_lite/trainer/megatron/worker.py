@@ -118,11 +118,21 @@ class MegatronWorker:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint into a folder that is there and empty."""
+    def save(self, folder: Path, asynchronous: bool = False) -> None:
+        """Write this rank's part of a checkpoint into a folder that is there and empty.
+
+        Asynchronously, the state of this moment is written by a process forked off, until
+        `finish_save`.
+        """
         from miles_lite.trainer.megatron import checkpoint
 
-        checkpoint.save(folder, self._ddp, self._optimizer, self._reference)
+        writer = checkpoint.Writer(asynchronous)
+        checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
+        self._writer = writer
+
+    def finish_save(self) -> None:
+        """Collective: all ranks have written all of it when this returns."""
+        self._writer.finish()
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
