@@ -35,7 +35,7 @@ HEAVY = {
     "ray": ("cluster", "trainer.group", "rollout.manager", "build"),
     "sglang": ("rollout.sglang",),
     "wandb": ("metrics",),
-    "rich": ("console", "cli", "report"),
+    "rich": ("console", "cli", "report", "weights.convert_command"),
 }
 LANDFILLS = {"util", "utils", "helper", "helpers", "misc", "common"}
 FILE_LINES, FUNCTION_LINES = 420, 80

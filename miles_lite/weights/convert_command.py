@@ -15,17 +15,8 @@ import yaml
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from miles_lite.cluster.rendezvous import open_store
-from miles_lite.weights.convert import (
-    MANIFEST,
-    Report,
-    ToDist,
-    ToHf,
-    Unit,
-    check_resources,
-    done,
-    share,
-    verify,
-)
+from miles_lite.weights.conversion import PROGRESS, Report, Unit, check_resources, done, share
+from miles_lite.weights.convert import ToDist, ToHf, verify
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PORT = 29522  # where ranks meet on the head
@@ -105,17 +96,30 @@ def _convert(job: ToDist | ToHf, options: argparse.Namespace) -> list[int | Repo
     units, largest = job.prepare()
     mine = [unit for unit in share(units, rank, num_ranks) if not done(job.out, unit)]
     to_write = sum(unit.num_bytes for unit in units if not done(job.out, unit))
-    if not to_write and (job.out / MANIFEST).is_file():
+    if not to_write and (job.out / job.last).is_file():
         print(f"{job.out} is complete: nothing to do")
         return []
     print(check_resources(job.out, to_write, largest, options.workers), flush=True)
-    if options.head_ip:
-        _meet(options.head_ip, rank, num_ranks, options.timeout)
+    if options.head_ip and not _have_met(job.out, num_ranks).is_file():
+        try:
+            _meet(options.head_ip, rank, num_ranks, options.timeout)
+        except torch.distributed.DistError as error:
+            raise ValueError(
+                f"rank 0 of {num_ranks} does not answer, or no longer, at {options.head_ip}:{PORT} "
+                f"(waited up to {options.timeout:g} s): start it, and then this one"
+            ) from error
+        _have_met(job.out, num_ranks).touch()
     reports = _work(job, mine, options.workers)
     if rank == 0:
         _wait_for_others(job.out, units, num_ranks, options.timeout)
         job.finish(units)
     return reports
+
+
+def _have_met(out: Path, num_ranks: int) -> Path:
+    """Says that all ranks were there once: one that is killed later comes back alone, to nobody who
+    waits, and goes on by what is in the folder."""
+    return out / PROGRESS / f"met_{num_ranks}"
 
 
 def _meet(host: str, rank: int, num_ranks: int, timeout_s: float) -> None:

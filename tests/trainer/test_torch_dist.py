@@ -10,7 +10,8 @@ import torch
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.weights.convert import RELEASE, ToDist
+from miles_lite.weights.conversion import RELEASE
+from miles_lite.weights.convert import ToDist
 from miles_lite.weights.torch_dist import extra_states, pieces
 from tests.trainer.conftest import Tiny
 from tests.trainer.ranks import World, run_ranks

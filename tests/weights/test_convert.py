@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from miles_lite.weights import convert
-from miles_lite.weights.convert import TRACKER, ToDist, ToHf, share, verify
+from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, share
+from miles_lite.weights.convert import ToDist, ToHf, verify
 from miles_lite.weights.hf_files import INDEX
 from miles_lite.weights.torch_dist import DistCheckpoint
 
@@ -192,6 +193,27 @@ def test_a_damaged_source_is_named(
     assert not (tmp_path / "out").exists()  # before anything was written
 
 
+def test_a_rounded_conversion_is_verified_against_the_rounded_source(
+    sharded: Path, tmp_path: Path
+) -> None:
+    dist = to_dist(sharded, tmp_path / "dist", torch.bfloat16)
+    assert len(list(verify(sharded, dist))) == len(weights(sharded))
+
+
+def test_a_source_that_changed_is_not_taken_for_the_one_converted(
+    copy: Path, tmp_path: Path
+) -> None:
+    to_dist(copy, tmp_path / "dist")
+    os.utime(shard(copy))
+    with pytest.raises(ValueError, match="holds another conversion"):
+        ToDist(copy, tmp_path / "dist", None).prepare()
+
+
+def test_a_folder_claimed_by_halves_can_be_claimed(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "dist/.progress").mkdir(parents=True)
+    to_dist(sharded, tmp_path / "dist")
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(sharded: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("years of work")
@@ -205,11 +227,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(sharded: Path, tmp_pat
 def test_too_little_room_is_refused_with_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert "5.0 GB to write" in convert.check_resources(tmp_path, 5 * 10**9, 10**6, 1)
+    assert "5.0 GB to write" in check_resources(tmp_path, 5 * 10**9, 10**6, 1)
     with pytest.raises(ValueError, match=r"needs 1,000,000\.0 GB more, [\d,.]+ GB are free"):
-        convert.check_resources(tmp_path, 10**15, 10**6, 1)
+        check_resources(tmp_path, 10**15, 10**6, 1)
     with pytest.raises(ValueError, match=r"500 workers need up to 3\.1 GB each.*--workers \d+"):
-        convert.check_resources(tmp_path, 10, 10**9, 500)
+        check_resources(tmp_path, 10, 10**9, 500)
 
 
 def test_a_full_disk_leaves_what_is_finished(
@@ -231,7 +253,7 @@ def test_a_full_disk_leaves_what_is_finished(
         job.convert(units[1])
     monkeypatch.undo()
     monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
-    assert [convert.done(job.out, unit) for unit in units[:2]] == [True, False]
+    assert [done(job.out, unit) for unit in units[:2]] == [True, False]
     assert [path.name for path in (job.out / "release").iterdir()] == [units[0].file]
     do(job)
     assert len(list(verify(sharded, tmp_path / "dist"))) == len(weights(sharded))
@@ -260,7 +282,7 @@ def test_what_is_no_checkpoint_says_so(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_shares_are_even_and_leave_nothing_out() -> None:
-    units = [convert.Unit(f"f{i}", (), size) for i, size in enumerate([9, 1, 5, 5, 2, 7, 3, 8])]
+    units = [Unit(f"f{i}", (), size) for i, size in enumerate([9, 1, 5, 5, 2, 7, 3, 8])]
     shares = [share(units, rank, 3) for rank in range(3)]
     assert sorted(unit.file for one in shares for unit in one) == sorted(u.file for u in units)
     loads = [sum(unit.num_bytes for unit in one) for one in shares]
@@ -320,9 +342,32 @@ def test_two_ranks_share_the_work(large: Path, tmp_path: Path) -> None:
     assert len(list(verify(large, out))) == len(weights(large))
 
 
+def test_a_rank_that_was_killed_comes_back_alone(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    words = ("--num-nodes", "2", "--head-ip", "127.0.0.1", "--timeout", "60")
+    head, killed = (command(large, out, "--node-rank", str(rank), *words) for rank in (0, 1))
+    deadline = time.monotonic() + 60
+    while not (out / ".progress/met_2").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    again = command(large, out, "--node-rank", "1", *words)
+    outputs = [process.communicate(timeout=120)[0] for process in (again, head)]
+    assert [again.returncode, head.returncode] == [0, 0], outputs
+    assert len(list(verify(large, out))) == len(weights(large))
+
+
 def test_a_rank_that_does_not_come_is_named(sharded: Path, large: Path, tmp_path: Path) -> None:
     words = ("--num-nodes", "3", "--node-rank", "0", "--timeout", "3")
     met = command(sharded, tmp_path / "a", *words, "--head-ip", "127.0.0.1")
     assert "rank 1, 2 of 3 did not come to 127.0.0.1" in met.communicate(timeout=60)[0]
+    headless = command(
+        sharded, tmp_path / "c", "--num-nodes", "2", "--node-rank", "1", "--timeout", "3",
+        "--head-ip", "127.0.0.1",
+    )  # fmt: skip
+    assert (
+        "rank 0 of 2 does not answer, or no longer, at 127.0.0.1:29522"
+        in (headless.communicate(timeout=60)[0])
+    )
     alone = command(large, tmp_path / "b", "--num-nodes", "2", "--timeout", "3")
     assert "no news for 3 s of rank 1; start it again" in alone.communicate(timeout=60)[0]

@@ -1,0 +1,202 @@
+"""What both directions of a conversion share: units of work, checks, notes of what is done."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+
+from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.weights.hf_files import INDEX, HfFiles
+from miles_lite.weights.table import hf_tensors, mtp_tensors
+from miles_lite.weights.torch_dist import METADATA
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # what Megatron calls a checkpoint without iterations
+MANIFEST = "manifest.json"
+PROGRESS = ".progress"
+MIN_UNIT, MAX_UNIT = 64 << 20, 2 << 30  # bytes of one output file
+FIXED_BYTES = 1 << 30  # of a worker: python, torch, and room to breathe
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One output file and what goes into it."""
+
+    file: str
+    tensors: tuple[str, ...]  # of HF
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one unit."""
+
+    file: str
+    num_bytes: int
+    peak_rss: int  # bytes, of the process that did it
+
+
+def check_tensors(files: HfFiles, model: NemotronH) -> None:
+    """Raise ValueError unless the folder holds exactly the model's tensors, in their shapes."""
+    wanted = hf_tensors(model) | mtp_tensors(model)
+    missing, unknown = (
+        sorted(set(wanted) - set(files.tensors)),
+        sorted(set(files.tensors) - set(wanted)),
+    )
+    if missing or unknown:
+        told = [
+            f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise ValueError(
+            f"{files.folder}: tensors and the layer pattern {model.pattern!r} (MTP "
+            f"{model.mtp_pattern!r}) disagree; {'; '.join(told)}"
+        )
+    for name, tensor in wanted.items():
+        if files.tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"{files.folder}: tensor {name!r} has shape {files.tensors[name].shape}, "
+                f"config.json makes it {tensor.shape}"
+            )
+
+
+def check_resources(out: Path, to_write: int, largest: int, workers: int) -> str:
+    """What the conversion needs, in a sentence; ValueError if the machine does not have it."""
+    per_worker = FIXED_BYTES + 2 * largest
+    place = next(path for path in (out, *out.parents) if path.exists())
+    disk, memory = shutil.disk_usage(place).free, psutil.virtual_memory().available
+    if to_write > disk:
+        raise ValueError(
+            f"{out} needs {_gb(to_write)} more, {_gb(disk)} are free there: make room, then the "
+            "same command goes on"
+        )
+    if workers * per_worker > memory:
+        raise ValueError(
+            f"{workers} workers need up to {_gb(per_worker)} each, {_gb(memory)} of memory are "
+            f"free: take --workers {max(1, memory // per_worker)}"
+        )
+    return (
+        f"{_gb(to_write)} to write ({_gb(disk)} free), up to {_gb(per_worker)} of memory for each "
+        f"of {workers} workers"
+    )
+
+
+def share(units: Sequence[Unit], rank: int, num_ranks: int) -> list[Unit]:
+    """The units of one rank: largest first, each to whoever has least."""
+    loads = [0] * num_ranks
+    mine = []
+    for unit in sorted(units, key=lambda unit: (-unit.num_bytes, unit.file)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += unit.num_bytes
+        if lightest == rank:
+            mine.append(unit)
+    return mine
+
+
+def done(out: Path, unit: Unit) -> bool:
+    """Whether an earlier attempt finished this file."""
+    return (out / PROGRESS / f"{unit.file}.json").is_file()
+
+
+def iteration_folder(dist: Path) -> Path:
+    """The folder that holds `.metadata`: `dist` itself, or what its tracker names."""
+    if (dist / METADATA).is_file():
+        return dist
+    tracker = dist / TRACKER
+    if not tracker.is_file():
+        raise ValueError(f"{dist} is no torch_dist checkpoint: neither {METADATA} nor {TRACKER}")
+    name = tracker.read_text().strip()
+    return dist / (f"iter_{int(name):07d}" if name.isdecimal() else name)
+
+
+def copy_extras(source: Path, target: Path) -> None:
+    """Config, tokenizer, template and whatever else is no weights. The layer pattern is written as
+    a string too: SGLang reads no other spelling that transformers may have written."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, MANIFEST):
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((source / "config.json").read_text())
+    model = NemotronH.from_folder(source)
+    if not config.get("hybrid_override_pattern"):
+        config["hybrid_override_pattern"] = model.pattern
+        if model.mtp_pattern:
+            config["mtp_hybrid_override_pattern"] = model.mtp_pattern
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def fingerprint(files: HfFiles) -> str:
+    """Changes when a file of weights does; reads none of them."""
+    names = sorted({stored.file for stored in files.tensors.values()})
+    stats = [(name, (files.folder / name).stat()) for name in names]
+    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_hash(tensor: torch.Tensor) -> str:
+    """Of the bytes of a contiguous tensor."""
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()  # the fastest where the CPU knows it
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that has its name only once it is complete; nothing is left of a failed one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as out:
+            yield out
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def claim(out: Path, purpose: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds anything else."""
+    told = out / PROGRESS / "purpose.json"
+    if told.is_file():
+        if (before := json.loads(told.read_text())) != purpose:
+            raise ValueError(f"{out} holds another conversion, of {before}: choose another --out")
+    elif out.is_dir() and any(path.name != PROGRESS for path in out.iterdir()):
+        # (an empty PROGRESS is of a rank that is about to say what it is for, or was killed then)
+        raise ValueError(f"{out} is not empty and was not made by this conversion")
+    (out / PROGRESS).mkdir(parents=True, exist_ok=True)
+    replace_text(told, json.dumps(purpose))
+
+
+def note(out: Path, unit: Unit, value: Mapping[str, Any]) -> None:
+    replace_text(out / PROGRESS / f"{unit.file}.json", json.dumps(value))
+
+
+def noted(out: Path, unit: Unit) -> dict[str, Any]:
+    return json.loads((out / PROGRESS / f"{unit.file}.json").read_text())
+
+
+def replace_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
