@@ -55,7 +55,7 @@ def run(words: Sequence[str]) -> int:
     except RunFinished as finished:
         print(finished)
     except Stopped as stopped:
-        print(f"miles-lite {words[0]}: {stopped}; the same command goes on", file=sys.stderr)
+        print(f"miles-lite {words[0]}: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
         print(f"miles-lite {words[0]}: interrupted", file=sys.stderr)

@@ -214,6 +214,7 @@ class Run:
                 self.finish({"error": f"{type(error).__name__}: {error}"}, outcome)
             except RunError as second:  # on a full disk, say; the first error is what matters
                 logger.error("%s", second)
+            logger.warning("log.name=%s goes on with this run", self.folder.name)
         for sink in self._sinks:
             sink.close()
         self._lock.close()
