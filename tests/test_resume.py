@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -49,6 +50,24 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
         raise
     assert process.returncode == code, output[-4000:]
     return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """At once, and nothing that it started stays, not even what writes a checkpoint just now."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(_lives, family)):
+        assert time.monotonic() < deadline, [p for p in family if _lives(p)]
+        time.sleep(0.1)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(run: Path, num_lines: int, process: subprocess.Popen[str]) -> None:
@@ -112,8 +131,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path, whol
         process = launch(tmp_path, f"checkpoint.asynchronous={meanwhile}")
         wait_for(tmp_path / "run", num_lines, process)
         time.sleep(draw.uniform(0, 1.5))  # in whatever phase of a step, in a save too
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
     finish(launch(tmp_path))
     assert_same_run(tmp_path / "run", whole)
     assert "has finished its 8 steps" in finish(launch(tmp_path))
@@ -151,8 +169,7 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one(tmp_path: Path, whole:
     deadline = time.monotonic() + 60
     while not (run / "checkpoints/step_000006").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     victim = max((run / "checkpoints/step_000006/policy").glob("*.distcp"))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -188,8 +205,7 @@ def test_another_layout_goes_on(tmp_path: Path, whole: Path) -> None:
     wait_for(tmp_path / "run", 5, process)
     (tmp_path / "run/save_now").touch()
     wait_for(tmp_path / "run", 7, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     other = "parallel.tp=2 parallel.pp=2 parallel.dp=1 parallel.ep=2 rollout.engine.num_engines=2"
     finish(launch(tmp_path, *other.split()))
     ours, theirs = read_metrics(tmp_path / "run"), read_metrics(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -235,9 +236,10 @@ def wait_for_training(process: subprocess.Popen[str], folder: Path, deadline_s: 
     while time.monotonic() < end and process.poll() is None:
         log = folder / "metrics.jsonl"
         if log.is_file() and log.stat().st_size:
-            for child in psutil.process_iter(["name", "cmdline"]):
-                if "MegatronWorker" in " ".join(child.info["cmdline"] or []):
-                    return child.pid
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # ended meanwhile
+                    if "MegatronWorker" in " ".join(child.cmdline()):
+                        return child.pid
         time.sleep(0.5)
     raise AssertionError(f"no step within {deadline_s} s")
 

@@ -1,10 +1,10 @@
 """Inside a reward worker process: load reward functions from their files and grade what is asked.
 
-A worker is a bare Python: it imports the reward files and nothing of the framework (no torch, no
-ray). It reads batches of questions from stdin as JSON, one batch a line, and writes one line with
-the [reward, reason] of every answer of a question as soon as it is graded, so that the parent
-always knows which one is in hand. It ends when stdin does, and is killed by the kernel when its
-parent dies. It grades in its main thread, so a library may use signals.
+A worker is a bare Python: it imports the reward files and nothing heavy (no torch, no ray). It
+reads batches of questions from stdin as JSON, one batch a line, and writes one line with the
+[reward, reason] of every answer of a question as soon as it is graded, so that the parent always
+knows which one is in hand. It ends when stdin does, and is killed by the kernel when its parent
+dies. It grades in its main thread, so a library may use signals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import math
 import numbers
 import os
 import resource
-import signal
 import sys
 import traceback
 import types
@@ -27,6 +26,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from miles_lite.orphan import die_with
 
 MAX_REASON_LEN = 200
 
@@ -182,7 +183,7 @@ def main(settings: str) -> None:
     parent (pid), memory_bytes. The first line told is what the functions are, or an error."""
     asked = json.loads(settings)
     requests, answers = _take_pipes()
-    _die_with(asked["parent"])
+    die_with(asked["parent"])
     _limit_memory(asked["memory_bytes"])
     try:
         rewards = {
@@ -209,17 +210,6 @@ def _take_pipes() -> tuple[BinaryIO, int]:
     os.dup2(empty, 0)
     os.close(empty)
     return requests, answers
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends."""
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
 
 
 def _limit_memory(num_bytes: int) -> None:

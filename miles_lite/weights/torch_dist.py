@@ -134,7 +134,7 @@ class Written:
 def write_chunk(out: IO[bytes], piece: Piece, tensor: torch.Tensor, file: str) -> Written:
     """Append one chunk to an open file."""
     begin = out.tell()
-    # its checksums, which nothing reads, cost ten times what writing costs; the manifest has hashes
+    # torch.load does not check them, and the manifest has hashes
     torch.serialization.set_crc32_options(False)
     torch.save(tensor, out)
     return Written(

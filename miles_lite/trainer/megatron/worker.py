@@ -14,6 +14,7 @@ import torch
 from miles_lite import log
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.orphan import bind_forks
 from miles_lite.protocols import Bucket, Hosted, Phase
 from miles_lite.trainer.megatron import setup
 from miles_lite.trainer.megatron.messages import SyncReport, WorkerSpec
@@ -30,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class MegatronWorker:
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         log.setup("trainer", rank)
+        bind_forks()  # Megatron forks writers of checkpoints, which wait for theirs for ever
         # of every rank, at every start: what is not installed, what torch will rename one day
         warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

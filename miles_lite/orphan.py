@@ -1,0 +1,29 @@
+"""No process outlives the one that started it, however that one ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_SET_PARENT_DEATH_SIGNAL = 1
+_forking = 0  # pid of the process that forks just now
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(1)
+
+
+def bind_forks() -> None:
+    """From now on whatever this process forks, and what those fork, dies with its parent."""
+    os.register_at_fork(before=_remember, after_in_child=lambda: die_with(_forking))
+
+
+def _remember() -> None:
+    global _forking
+    _forking = os.getpid()
