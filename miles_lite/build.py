@@ -8,12 +8,13 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 from miles_lite.algo.credit import CreditSettings
 from miles_lite.algo.packing import PackSettings
 from miles_lite.cluster import session
-from miles_lite.cluster.actor import spawn
+from miles_lite.cluster.actor import Remote, spawn
 from miles_lite.cluster.placement import Bundle
 from miles_lite.config import Config, ConfigError
 from miles_lite.data.prompts import PromptSource
@@ -22,6 +23,7 @@ from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.models.flops import train_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
+from miles_lite.protocols import Engine
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, RolloutSettings, derive_seed
 from miles_lite.rollout.probes import CLOSE, Kind
@@ -31,9 +33,6 @@ from miles_lite.trainer.group import TrainerGroup
 from miles_lite.types import Prompt, Sampling
 
 log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from miles_lite.rollout.embedded.engine import EmbeddedEngine
 
 PROBED_PROMPTS = 4  # of each source, whether the reward can be won, before every run
 TRAINER_SHARE, ENGINE_SHARE = 0.4, 0.2  # of a device, for Ray's book-keeping only
@@ -105,22 +104,39 @@ def read(cfg: Config) -> Inputs:
     return Inputs(model, tokenizer, sources, held_out, sampling)
 
 
+class StartedEngine(Engine, Protocol):
+    """An engine whose processes begin to come up."""
+
+    def connect(self, hosts: Sequence[str], deadline_s: float) -> None:
+        """Wait until it serves; hosts: of each rank. Raises EngineError or RemoteError."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @contextlib.contextmanager
-def start(cfg: Config, inputs: Inputs) -> Iterator[Parts]:
-    """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving."""
+def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
+    """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving.
+    Servers log to `log_folder`."""
     device = _device(cfg)
     with contextlib.ExitStack() as stack:
         bundles = stack.enter_context(
             session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
         )
         env = {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
-        engines = _start_engines(cfg, inputs.model, bundles, device, env)
+        start_engine = _ENGINES[cfg.rollout.engine.backend]
+        size = cfg.rollout.engine.tp
+        engines: list[StartedEngine] = []
+        for index in range(cfg.rollout.engine.num_engines):
+            theirs = bundles[index * size : (index + 1) * size]  # neighbouring devices
+            spot = Spot(f"engine {index}", theirs, device, env, log_folder)
+            engines.append(start_engine(cfg, inputs.model, spot))
+            stack.callback(engines[-1].close)
         trainer = _start_trainer(cfg, bundles, device, env)
         stack.callback(trainer.close)
         for index, engine in enumerate(engines):
-            stack.callback(engine.close)
-            host = bundles[index * cfg.rollout.engine.tp].host
-            engine.connect(host, cfg.cluster.start_timeout_s)
+            hosts = [bundle.host for bundle in bundles[index * size : (index + 1) * size]]
+            engine.connect(hosts, cfg.cluster.start_timeout_s)
         rewards = stack.enter_context(reward_workers(cfg, cfg.reward.workers))
         rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs.sampling))
         weights = [source.weight for source in cfg.data.train.values()]
@@ -192,18 +208,28 @@ def _start_trainer(
         )
         for rank, bundle in enumerate(bundles)
     ]
-    host = bundles[0].host
-    return TrainerGroup(workers, host, spec, cfg.sync.bucket_bytes, cfg.cluster.start_timeout_s)
+    hosts = [bundle.host for bundle in bundles]
+    return TrainerGroup(workers, hosts, spec, cfg.sync.bucket_bytes, cfg.cluster.start_timeout_s)
 
 
-def _start_engines(
-    cfg: Config,
-    model: NemotronH,
-    bundles: Sequence[Bundle],
-    device: str,
-    env: Mapping[str, str],
-) -> list[EmbeddedEngine]:
-    """Engine i sits on the i-th run of tp neighbouring devices."""
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where an engine is to be."""
+
+    name: str
+    bundles: Sequence[Bundle]  # one a rank
+    device: str
+    env: Mapping[str, str]
+    log_folder: Path
+
+    def spawn(self, cls: type, rank: int, *args: object) -> Remote:
+        """The actor of one rank; polls and buckets are answered while others wait."""
+        bundle = self.bundles[rank]
+        name = f"{self.name} rank {rank} on {bundle.host}"
+        return spawn(cls, name, *args, bundle=bundle, share=ENGINE_SHARE, threads=4, env=self.env)
+
+
+def _start_embedded(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
     from miles_lite.rollout.embedded.engine import EmbeddedEngine
     from miles_lite.rollout.embedded.options import EngineOptions
     from miles_lite.rollout.embedded.rank import EngineRank
@@ -211,37 +237,35 @@ def _start_engines(
     engine = cfg.rollout.engine
     options = EngineOptions(
         dtype=_TORCH_NAMES[cfg.model.dtype],
-        device=device,
+        device=spot.device,
         max_running=engine.max_running,
-        max_seq_len=cfg.data.max_prompt_tokens
-        + max(cfg.rollout.max_response_tokens, cfg.eval.max_response_tokens),
+        max_seq_len=cfg.max_seq_len,
         prefill_tokens=engine.prefill_tokens,
         timeout_s=cfg.rollout.timeout_s,
     )
-    engines = []
-    for index in range(engine.num_engines):
-        name = f"engine {index}"
-        ranks = [
-            spawn(
-                EngineRank,
-                f"{name} rank {rank} on {bundle.host}",
-                model,
-                engine.dims,
-                rank,
-                options,
-                bundle=bundle,
-                share=ENGINE_SHARE,
-                threads=4,  # poll waits while others go on
-                env=env,
-            )
-            for rank, bundle in enumerate(bundles[index * engine.tp : (index + 1) * engine.tp])
-        ]
-        engines.append(
-            EmbeddedEngine(name, ranks, (model, engine.dims), options, cfg.rollout.timeout_s)
-        )
-    return engines
+    ranks = [
+        spot.spawn(EngineRank, rank, model, engine.dims, rank, options) for rank in range(engine.tp)
+    ]
+    return EmbeddedEngine(spot.name, ranks, (model, engine.dims), options, cfg.rollout.timeout_s)
 
 
+def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
+    from miles_lite.rollout.sglang.engine import SGLangEngine
+    from miles_lite.rollout.sglang.layout import params
+    from miles_lite.rollout.sglang.options import engine_spec
+    from miles_lite.rollout.sglang.rank import SGLangRank
+
+    spec = engine_spec(cfg, spot.device, len({bundle.host for bundle in spot.bundles}))
+    held = [params(model, spec.dims, rank, spec.dp_lm_head) for rank in range(spec.dims.tp)]
+    timeout_s = cfg.sync.timeout_s
+    ranks = [
+        spot.spawn(SGLangRank, rank, f"{spot.name} rank {rank}", spec, held[rank], timeout_s)
+        for rank in range(spec.dims.tp)
+    ]
+    return SGLangEngine(spot.name, ranks, held, spec, spot.log_folder, cfg.rollout.timeout_s)
+
+
+_ENGINES = {"embedded": _start_embedded, "sglang": _start_sglang}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 

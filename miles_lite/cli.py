@@ -117,7 +117,7 @@ def _train(overrides: Sequence[str]) -> None:
     with Run.open(cfg, datetime.now()) as run:
         with (
             Console(cfg.experiment, cfg.train.num_steps) as console,
-            build.start(cfg, inputs) as parts,
+            build.start(cfg, inputs, run.folder / "engines") as parts,
             StopRequest() as stop,  # after Ray, which takes SIGTERM for itself
         ):
             train(cfg, run, parts, console, stop)

@@ -349,6 +349,12 @@ class Config:
     def __post_init__(self) -> None:
         _derive_batch(self)
 
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of prompt and answer together that an engine must have room for."""
+        answer = max(self.rollout.max_response_tokens, self.eval.max_response_tokens)
+        return self.data.max_prompt_tokens + answer
+
 
 def _derive_batch(cfg: Config) -> None:
     """Fill in the one of four sizes that is 0. What does not divide is an error."""

@@ -54,6 +54,14 @@ class Segment:
         return self.stop - self.start
 
 
+class Form(Enum):
+    """How a rank keeps what it hosts."""
+
+    stored = "stored"  # as the weight table says: in the model's dtype, or in fp32
+    rounded = "rounded"  # in the model's dtype, even what the table keeps in fp32
+    decay = "decay"  # Mamba's A_log as its kernels want it: A = -exp(A_log), in fp32
+
+
 @dataclass(frozen=True, slots=True)
 class Hosted:
     """A parameter or buffer of one rank: segments of HF tensors laid end to end along `dim`."""
@@ -62,6 +70,7 @@ class Hosted:
     index: int  # position in a stacked parameter (its first dimension), or -1 for all of it
     dim: int  # of the HF tensor; counted after `index` is taken
     segments: tuple[Segment, ...]
+    form: Form = Form.stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,14 @@ class Engine(Resident, Protocol):
         """For each rank of this engine: a remote handle on its WeightReceiver."""
         ...
 
+    def begin_sync(self, version: int) -> None:
+        """Weights of `version` come: after this receivers take buckets. Raises EngineError."""
+        ...
+
+    def commit(self, version: int) -> None:
+        """All weights came and were compared: serve as `version`. Raises EngineError."""
+        ...
+
 
 class WeightReceiver(Protocol):
     """What an engine rank can be told during a sync (through a remote handle)."""
@@ -110,8 +127,8 @@ class WeightReceiver(Protocol):
         """Copy bucket `number` of trainer rank `source` into the live parameters."""
         ...
 
-    def finish_sync(self, version: int) -> Mapping[int, Sequence[int]]:
-        """All arrived: serve as `version`. Returns checksums of the live weights by source rank."""
+    def finish_sync(self) -> Mapping[int, Sequence[int]]:
+        """All arrived? Returns checksums of the live weights by source rank."""
         ...
 
 

@@ -14,21 +14,22 @@ from miles_lite.cluster.actor import Remote, call_all, gather
 from miles_lite.metrics import finish, merge
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult
-from miles_lite.trainer.megatron.messages import RankReport, SyncReport, WorkerSpec
+from miles_lite.trainer.megatron.messages import RankReport, WorkerSpec
 from miles_lite.types import Batch
 from miles_lite.weights.hf import HfCheckpoint, HfWriter, iter_segments
 from miles_lite.weights.plan import Route, sync_plan
+from miles_lite.weights.sender import SyncReport, itineraries
 from miles_lite.weights.table import hf_tensors, mtp_tensors, trainer_layout
 from miles_lite.weights.transport import compare
 
 
 class TrainerGroup:
-    """Implements protocols.Trainer over one remote worker a device; rank 0's sits on `host`."""
+    """Implements protocols.Trainer over one remote worker a device; worker i sits on hosts[i]."""
 
     def __init__(
         self,
         workers: Sequence[Remote],
-        host: str,
+        hosts: Sequence[str],
         spec: WorkerSpec,
         bucket_bytes: int,
         start_timeout_s: float,
@@ -40,7 +41,9 @@ class TrainerGroup:
         self._timeout_s = spec.train.timeout_s
         self._plan: list[Route] = []
         self._planned_for: tuple[str, ...] = ()  # engine ranks the plan was made for
-        address = workers[0].call("listen", host, deadline_s=start_timeout_s)
+        # whose memory an engine rank can read: of its host's trainers; on a GPU of its device's
+        self._reach = hosts if spec.device == "cpu" else [w.name for w in workers]
+        address = workers[0].call("listen", hosts[0], deadline_s=start_timeout_s)
         call_all(workers, "setup", address, deadline_s=start_timeout_s)
 
     @property
@@ -127,8 +130,10 @@ class TrainerGroup:
         if self._planned_for != tuple(r.name for r in receivers):
             self._make_plan(rollout.engines, receivers)
         deadline = self._timeout_s
+        for engine in rollout.engines:
+            engine.begin_sync(version)
         sent: list[SyncReport] = call_all(self._workers, "send_weights", deadline_s=deadline)
-        received = call_all(receivers, "finish_sync", version, deadline_s=deadline)
+        received = call_all(receivers, "finish_sync", deadline_s=deadline)
         for route in self._plan:
             compare(
                 receivers[route.target].name,
@@ -137,11 +142,12 @@ class TrainerGroup:
                 received[route.target][route.source],
             )
         for engine in rollout.engines:
-            engine.version = version
+            engine.commit(version)
         rollout.version = version
         return {
             "perf/update_weights_time": time.perf_counter() - begin,
             "sync/bytes": float(sum(report.num_bytes for report in sent)),
+            "sync/relayed_bytes": float(sum(report.relayed_bytes for report in sent)),
             "sync/send_time_max": max(report.seconds for report in sent),
             "sync/version": float(version),
         }
@@ -150,16 +156,20 @@ class TrainerGroup:
         """Derive who sends what to whom and tell both sides. Once per set of engine processes."""
         dims = self._spec.dims
         targets = [hosted for engine in engines for hosted in engine.layout()]
+        home = list(range(len(targets)))  # engine rank i sits on the device of trainer rank i
         self._plan = sync_plan(
             hf_tensors(self._model),
             [trainer_layout(self._model, dims, rank) for rank in range(dims.world_size)],
             targets,
-            home=list(range(len(targets))),  # engine rank i sits on the device of trainer rank i
+            home=home,
             element_bytes=4 if self._spec.dtype == "fp32" else 2,
             bucket_bytes=self._bucket_bytes,
         )
+        ways = itineraries(self._plan, self._reach, home)
         calls = [
-            worker.start("set_routes", [r for r in self._plan if r.source == rank], receivers)
+            worker.start(
+                "prepare_sync", [w for w in ways if rank in (w.route.source, w.last)], receivers
+            )
             for rank, worker in enumerate(self._workers)
         ]
         calls += [

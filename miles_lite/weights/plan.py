@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from miles_lite.protocols import Hosted
+from miles_lite.protocols import Form, Hosted
 from miles_lite.weights.hf import iter_segments
 from miles_lite.weights.table import HfTensor
 
@@ -33,6 +33,7 @@ class Copy:
     start: int
     stop: int
     num_bytes: int  # on the wire
+    form: Form  # applied before it travels, so that the wire has what the target keeps
     fp32: bool  # on the wire; else the model's dtype
     source: Place
     target: Place
@@ -93,7 +94,8 @@ def sync_plan(
                 tensor = tensors.get(name)
                 if tensor is None:
                     raise ValueError(f"engine rank {target} hosts {name!r}, unknown to the model")
-                width = 4 if tensor.fp32 else element_bytes
+                fp32 = hosted.form is Form.decay or (hosted.form is Form.stored and tensor.fp32)
+                width = 4 if fp32 else element_bytes
                 row_bytes = width * tensor.numel // tensor.shape[hosted.dim]
                 max_rows = max(1, bucket_bytes // row_bytes)
                 row, stop = start, start + count
@@ -110,7 +112,8 @@ def sync_plan(
                         row,
                         end,
                         (end - row) * row_bytes,
-                        tensor.fp32,
+                        hosted.form,
+                        fp32,
                         _shifted(source.place, row - source.start),
                         Place(hosted.param, hosted.index, hosted.dim, offset + row - start),
                     )

@@ -11,7 +11,7 @@ import torch
 
 from miles_lite.parallel import EngineDims, ParallelDims
 from miles_lite.protocols import Bucket, Hosted
-from miles_lite.rollout.embedded.layout import params
+from miles_lite.rollout.layout import params
 from miles_lite.weights.checksum import checksum
 from miles_lite.weights.plan import Route, sync_plan
 from miles_lite.weights.table import hf_tensors, trainer_layout
@@ -27,6 +27,7 @@ from miles_lite.weights.transport import (
 from tests.weights.test_table import MODEL
 
 BUCKET = 4096
+CPU = torch.device("cpu")
 TENSORS = hf_tensors(MODEL)
 
 
@@ -85,13 +86,13 @@ class Cluster:
             which = number % 2
             slot = slots.slots[which]
             used = pack(self.sources[route.source].__getitem__, copies, torch.float32, slot)
-            bucket = Bucket((slots.paths[which], slot.numel()), used)
+            bucket = Bucket(slots.handles[which], used)
             self.inboxes[route.target].load(route.source, number, bucket)
 
     def sync(self) -> None:
         size = max(bucket_bytes(b) for route in self.routes for b in route.buckets)
         assert size <= BUCKET
-        slots = Slots(size)
+        slots = Slots(size, CPU)
         try:
             for route in self.routes:
                 self.send(route, slots)
@@ -147,7 +148,7 @@ def test_a_wrong_byte_is_named() -> None:
 
 def test_a_lost_bucket_is_named() -> None:
     cluster = Cluster(TRAINERS[1], ENGINES[1])
-    slots = Slots(BUCKET)
+    slots = Slots(BUCKET, CPU)
     try:
         for route in cluster.routes:
             cluster.send(route, slots, drop_last=route is cluster.routes[0])
@@ -159,10 +160,10 @@ def test_a_lost_bucket_is_named() -> None:
 
 def test_a_doubled_bucket_is_refused() -> None:
     cluster = Cluster(TRAINERS[1], ENGINES[1])
-    slots = Slots(BUCKET)
+    slots = Slots(BUCKET, CPU)
     try:
         cluster.send(cluster.routes[0], slots)
-        with pytest.raises(WeightSyncError, match="bucket 0 .* came"):
+        with pytest.raises(WeightSyncError, match="bucket 0 .* not due"):
             cluster.send(cluster.routes[0], slots)
     finally:
         slots.close()
@@ -208,14 +209,14 @@ def test_checksum_is_the_same_in_another_process() -> None:
 def test_another_process_sees_the_slots_and_nothing_stays() -> None:
     """The reader maps what the writer wrote; no file is left where files stay."""
     before = set(os.listdir("/dev/shm"))
-    slots = Slots(64)
+    slots = Slots(64, CPU)
     slots.slots[1].copy_(torch.arange(64, dtype=torch.uint8))
     code = (
         "import torch, sys; "
         "print(torch.from_file(sys.argv[1], shared=True, size=64, dtype=torch.uint8).tolist())"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code, slots.paths[1]], capture_output=True, text=True
+        [sys.executable, "-c", code, str(slots.handles[1][0])], capture_output=True, text=True
     )
     assert out.stdout.strip() == str(list(range(64))), out.stderr
     slots.close()

@@ -1,8 +1,7 @@
 """A rollout engine in plain torch for nemotron_h, on CPU or GPU, with no compiled kernels.
 
-Read in this order:
+Which slice of which HF tensor a rank hosts says rollout/layout.py. Read in this order:
 
-    layout.py      which slice of which HF tensor a rank hosts
     mamba.py  experts.py  model.py   the forward pass of one rank
     cache.py       slots for keys, values and Mamba state
     sampler.py     tokens from logits, the same whatever else runs

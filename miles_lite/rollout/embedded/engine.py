@@ -10,8 +10,8 @@ from miles_lite.cluster.actor import Remote, call_all
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Hosted, Phase
-from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.rollout.layout import params
 from miles_lite.types import Completion, Request
 
 POLL_WAIT_S = 5.0  # a poll that finds nothing returns after this long, and is repeated
@@ -76,9 +76,9 @@ class EmbeddedEngine:
         if waiting:
             await asyncio.wait(waiting, timeout=self.deadline_s)
 
-    def connect(self, host: str, deadline_s: float) -> None:
-        """Let the ranks meet on rank 0's host; they serve from then on."""
-        address = self.ranks[0].call("listen", host, deadline_s=deadline_s)
+    def connect(self, hosts: Sequence[str], deadline_s: float) -> None:
+        """Let the ranks meet on rank 0's host; they serve from then on. hosts: of each rank."""
+        address = self.ranks[0].call("listen", hosts[0], deadline_s=deadline_s)
         call_all(self.ranks, "connect", address, deadline_s=deadline_s)
 
     def close(self) -> None:
@@ -104,6 +104,13 @@ class EmbeddedEngine:
 
     def receivers(self) -> Sequence[Any]:
         return self.ranks
+
+    def begin_sync(self, version: int) -> None:
+        """Nothing to tell: the ranks take buckets at any time."""
+
+    def commit(self, version: int) -> None:
+        call_all(self.ranks, "set_version", version, deadline_s=self.deadline_s)
+        self.version = version
 
     def _adopt_loop(self) -> None:
         """Every asyncio.run has its own event loop; what hung on the last one is given up."""

@@ -20,8 +20,8 @@ from miles_lite.rollout.embedded import mamba
 from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comm, Comms
 from miles_lite.rollout.embedded.experts import mix_experts, relu2, route
-from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.scheduler import Plan
+from miles_lite.rollout.layout import params
 
 # Tokens of a chunk of the scan: near the cheapest for states of 16x16 to 64x128. It need not be the
 # model's chunk_size, on which results do not depend.

@@ -124,11 +124,9 @@ class EngineRank:
         """Copy bucket `number` of trainer rank `source` into the live weights."""
         self._inbox.load(source, number, bucket)
 
-    def finish_sync(self, version: int) -> dict[int, list[int]]:
-        """All has arrived: serve as `version`. Returns checksums of the live weights by source."""
-        checksums = self._inbox.finish()
-        self.set_version(version)
-        return checksums
+    def finish_sync(self) -> dict[int, list[int]]:
+        """All has arrived? Returns checksums of the live weights by source."""
+        return self._inbox.finish()
 
     def set_version(self, version: int) -> None:
         """Weights are complete; completions carry `version` from now on."""

@@ -32,12 +32,3 @@ class RankReport:
 
     partials: dict[str, Partial]
     logprobs: dict[int, list[float]]  # sample -> log-probs before the first update
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """What one rank sent. checksums[target] are in plan order of the route to that engine rank."""
-
-    checksums: dict[int, list[int]]
-    num_bytes: int
-    seconds: float

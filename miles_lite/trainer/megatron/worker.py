@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +14,14 @@ from miles_lite import log
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.orphan import bind_forks
-from miles_lite.protocols import Bucket, Hosted, Phase
+from miles_lite.protocols import Hosted, Phase
 from miles_lite.trainer.megatron import setup
-from miles_lite.trainer.megatron.messages import SyncReport, WorkerSpec
+from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import MicroBatch
 from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
-from miles_lite.weights.plan import Route
+from miles_lite.weights.sender import Itinerary, Sender, SyncReport
 from miles_lite.weights.table import trainer_layout
-from miles_lite.weights.transport import Slots, bucket_bytes, pack, source_checksums
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,9 +41,7 @@ class MegatronWorker:
         self._dtype = DTYPES[spec.dtype]
         self._model = NemotronH.from_folder(spec.model_path)
         self._hosted = trainer_layout(self._model, spec.dims, rank)
-        self._routes: dict[int, Route] = {}
-        self._receivers: Sequence[Any] = ()
-        self._slots: Slots | None = None
+        self._sender = Sender(rank, lambda name: self._weights[name], self._dtype, self._device)
         self._store: Any = None  # rank 0's, once it listens
 
     def listen(self, host: str) -> str:
@@ -151,50 +147,13 @@ class MegatronWorker:
     def hosted(self) -> list[Hosted]:
         return self._hosted
 
-    def set_routes(self, routes: Sequence[Route], receivers: Sequence[Any]) -> None:
-        """Once: the routes that start here, and remote handles of all engine ranks."""
-        self._routes = {route.target: route for route in routes}
-        self._receivers = receivers
-        buckets = [bucket for route in routes for bucket in route.buckets]
-        slot_bytes = max((bucket_bytes(bucket) for bucket in buckets), default=0)
-        if self._slots is not None:
-            self._slots.close()
-        self._slots = Slots(slot_bytes) if slot_bytes else None
+    def prepare_sync(self, mine: Sequence[Itinerary], receivers: Sequence[Any]) -> None:
+        """Once: the itineraries that start or pass here, and remote handles of all engine ranks."""
+        self._sender.prepare(mine, receivers)
 
     def send_weights(self) -> SyncReport:
-        """Send this rank's part of the weights, bucket by bucket; returns when all have been read.
-
-        Two slots: one is packed while the other is read. Destinations are visited in turns that
-        start after this rank, so that senders do not all queue at the same receiver.
-        """
-        begin = time.perf_counter()
-        jobs = [
-            (target, number, bucket)
-            for target in sorted(self._routes, key=lambda t: (t < self._rank, t))
-            for number, bucket in enumerate(self._routes[target].buckets)
-        ]
-        pending: list[Any] = [None, None]  # the call that still reads each slot
-        deadline = self._spec.sync_timeout_s
-        for turn, (target, number, copies) in enumerate(jobs):
-            assert self._slots is not None, "set_routes makes slots for what it is given"
-            which = turn % 2
-            if pending[which] is not None:
-                pending[which].result(deadline)
-            slot = self._slots.slots[which]
-            num_bytes = pack(self._weights.__getitem__, copies, self._dtype, slot)
-            bucket = Bucket((self._slots.paths[which], slot.numel()), num_bytes)
-            pending[which] = self._receivers[target].start(
-                "load_bucket", self._rank, number, bucket
-            )
-        for call in pending:
-            if call is not None:
-                call.result(deadline)
-        checksums = {
-            target: source_checksums(self._weights.__getitem__, route.copies, self._dtype)
-            for target, route in self._routes.items()
-        }
-        num_bytes = sum(route.num_bytes for route in self._routes.values())
-        return SyncReport(checksums, num_bytes, time.perf_counter() - begin)
+        """Send this rank's part of the weights; all ranks at once. See weights.sender."""
+        return self._sender.send(self._spec.sync_timeout_s)
 
     def export_hf(self, folder: Path, owned: Sequence[tuple[str, int, int]]) -> None:
         """Write this rank's share of an HF checkpoint: `owned` lists (tensor, start, stop) rows."""

@@ -12,8 +12,8 @@ from miles_lite.cluster.actor import RemoteError
 from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded import engine as engine_module
 from miles_lite.rollout.embedded.engine import EmbeddedEngine, EngineError
-from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.rollout.layout import params
 from miles_lite.types import Finish, Request
 from tests.rollout.embedded.helpers import GREEDY, ONE, StartRank, Tiny, random_prompt
 

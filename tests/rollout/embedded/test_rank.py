@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Phase
-from miles_lite.rollout.embedded.layout import params
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.rank import EngineRank
+from miles_lite.rollout.layout import params
 from miles_lite.types import Finish, Request
 from tests.rollout.embedded.helpers import (
     GREEDY,

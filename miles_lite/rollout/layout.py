@@ -1,4 +1,4 @@
-"""Which slice of which HF tensor a rank of the engine hosts: the one description of its weights.
+"""Which slice of which HF tensor a rank of an engine hosts: the one description of its weights.
 
 Embedding, attention, Mamba, dense and shared MLPs are cut over the attention group; experts over
 all ranks (sets of experts over EP, the intermediate width of each over expert-TP); norms, routers
@@ -17,12 +17,22 @@ from miles_lite.protocols import Hosted, Segment
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One parameter or buffer of a rank. `hosted` covers all of it, exactly once."""
+    """One parameter or buffer of a rank. `hosted` covers all of it, exactly once, but for padding."""
 
     name: str  # "layers.3.in_proj"
     shape: tuple[int, ...]
     keep_fp32: bool  # whatever the dtype of the model
     hosted: tuple[Hosted, ...]
+
+    @property
+    def padded(self) -> bool:
+        """Whether its last rows are nobody's."""
+        covered = sum(len(segment) for h in self.hosted for segment in h.segments)
+        if not covered:
+            return True
+        first = self.hosted[0]
+        stacked = first.index >= 0
+        return covered < self.shape[first.dim + stacked] * (self.shape[0] if stacked else 1)
 
 
 def check_layout(model: NemotronH, dims: EngineDims) -> None:
@@ -72,6 +82,11 @@ def kv_heads(model: NemotronH, dims: EngineDims, rank: int) -> range:
 def params(model: NemotronH, dims: EngineDims, rank: int) -> list[Param]:
     """Everything a rank hosts, in a fixed order. MTP blocks are not part of the engine."""
     check_layout(model, dims)
+    return slices(model, dims, rank)
+
+
+def slices(model: NemotronH, dims: EngineDims, rank: int) -> list[Param]:
+    """The same for a layout that holds in parts only: what comes out even is right."""
     parts, part = dims.attn_tp, dims.attn_tp_rank(rank)
     hidden = (model.hidden_size,)
     vocab = _share(model.vocab_size, parts, part)

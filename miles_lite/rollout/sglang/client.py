@@ -1,0 +1,86 @@
+"""HTTP to one SGLang server, from threads and event loops of any kind.
+
+Connections live in an event loop of their own, so that they outlast the loops of those who call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import aiohttp
+
+from miles_lite.protocols import EngineError
+
+T = TypeVar("T")
+
+
+class Client:
+    def __init__(self, name: str, url: str, api_key: str) -> None:
+        self._name, self._url = name, url
+        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+        self._session: aiohttp.ClientSession = self._run(self._open()).result()
+
+    async def _open(self) -> aiohttp.ClientSession:
+        # without limits of its own: deadlines are given with each call
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+        )
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def start(self, path: str, body: Mapping[str, Any], deadline_s: float) -> Future[Any]:
+        """A call under way; its result is the parsed answer, or EngineError."""
+        return self._run(self._post(path, body, deadline_s))
+
+    def post(self, path: str, body: Mapping[str, Any], deadline_s: float) -> Any:
+        """Raises EngineError, also for an answer that says it did not succeed."""
+        return self.start(path, body, deadline_s).result()
+
+    def get(self, path: str, deadline_s: float) -> Any:
+        return self._run(self._request("GET", path, None, deadline_s)).result()
+
+    async def call(self, path: str, body: Mapping[str, Any], deadline_s: float) -> Any:
+        """From another event loop; cancelling it ends the request."""
+        return await asyncio.wrap_future(self.start(path, body, deadline_s))
+
+    async def _post(self, path: str, body: Mapping[str, Any], deadline_s: float) -> Any:
+        return await self._request("POST", path, body, deadline_s)
+
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, deadline_s: float
+    ) -> Any:
+        try:
+            async with asyncio.timeout(deadline_s):
+                async with self._session.request(
+                    method, self._url + path, json=body, headers=self._headers
+                ) as response:
+                    is_json = response.content_type == "application/json"
+                    answer = await (response.json() if is_json else response.text())
+        except TimeoutError:
+            raise EngineError(
+                f"{self._name}: no answer to {path} within {deadline_s:g} s"
+            ) from None
+        except aiohttp.ClientError as error:
+            raise EngineError(
+                f"{self._name}: {path} failed: {error or type(error).__name__}"
+            ) from error
+        failed = isinstance(answer, dict) and answer.get("success") is False
+        if response.status != 200 or failed:
+            raise EngineError(
+                f"{self._name}: {path} was answered {response.status}: {str(answer)[:1000]}"
+            )
+        return answer
+
+    def close(self) -> None:
+        self._run(self._session.close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,280 @@
+"""An SGLang engine as the driver sees it: HTTP to its server, actors for processes and weights."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import math
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+from miles_lite.cluster.actor import Remote, call_all, gather
+from miles_lite.protocols import EngineError, Hosted, Phase
+from miles_lite.rollout.layout import Param
+from miles_lite.rollout.sglang.client import Client
+from miles_lite.rollout.sglang.launch import Place
+from miles_lite.rollout.sglang.options import EngineSpec
+from miles_lite.types import Completion, Finish, Request, Sampling
+
+WEIGHTS, CACHE, GRAPHS = "weights", "kv_cache", "cuda_graph"  # SGLang's names for what it may hold
+_HOLDS = {
+    Phase.generate: {WEIGHTS, CACHE, GRAPHS},
+    Phase.train: set[str](),
+    Phase.sync: {WEIGHTS},
+}
+POLL_S = 0.5  # between looks at a server that comes up, or at a sync that begins
+LOADER = "miles_lite.rollout.sglang.loader.receive"  # runs in SGLang's processes
+
+
+class SGLangEngine:
+    """Implements protocols.Engine over the actors of one engine, in rank order."""
+
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[Remote],
+        params: Sequence[Sequence[Param]],
+        spec: EngineSpec,
+        log_folder: Path,
+        deadline_s: float,
+    ) -> None:
+        """params: of each rank. deadline_s: for one completion, and for every other call."""
+        self.name, self.ranks, self.version = name, ranks, -1
+        self._params, self._spec, self._log_folder = params, spec, log_folder
+        self._deadline_s = deadline_s
+        self._held = set(_HOLDS[Phase.generate])  # as a server comes up
+        self._cache_bytes = self._graph_bytes = 0  # of all ranks
+        self._requests = [0] * spec.dims.dp  # unfinished, by DP rank
+        self._heads: list[Remote] = []  # the actors that run a server
+        self._client: Client | None = None
+        self._update: Future[Any] | None = None  # the call during which weights come in
+
+    # ------------------------------------------------------------------ life
+
+    def connect(self, hosts: Sequence[str], deadline_s: float) -> None:
+        """Start the servers; hosts: of each rank. Raises EngineError with the end of a log."""
+        nodes = list(dict.fromkeys(hosts))
+        assert len(nodes) == self._spec.num_nodes, f"{self.name}: on {nodes}"
+        self._heads = [self.ranks[hosts.index(node)] for node in nodes]
+        port = self._heads[0].call("free_port", deadline_s=deadline_s)
+        meeting = f"{nodes[0]}:{self._heads[0].call('free_port', deadline_s=deadline_s)}"
+        api_key = secrets.token_hex(32)
+        for number, head in enumerate(self._heads):
+            place = Place(
+                node_rank=number,
+                host=nodes[0],
+                port=port,
+                rendezvous=meeting if len(nodes) > 1 else "",
+            )
+            log_file = self._log_folder / f"{self.name.replace(' ', '-')}-node-{number}.log"
+            head.call("start_server", place, api_key, log_file, deadline_s=deadline_s)
+        self._client = Client(self.name, f"http://{nodes[0]}:{port}", api_key)
+        self._await_ready(deadline_s)
+        states = self._client.get("/server_info", self._deadline_s)["internal_states"]
+        memory = [state["memory_usage"] for state in states]
+        per_state = self._spec.dims.tp // len(states)
+        self._cache_bytes = round(sum(m["kvcache"] for m in memory) * per_state * 2**30)
+        self._graph_bytes = round(sum(sum(m["graph"].values()) for m in memory) * per_state * 2**30)
+
+    def _await_ready(self, deadline_s: float) -> None:
+        end = time.monotonic() + deadline_s
+        while True:
+            self._check_servers()
+            try:
+                self._http.get("/ready", self._deadline_s)
+                return
+            except EngineError as error:
+                if time.monotonic() > end:
+                    raise EngineError(
+                        f"{self.name} is not ready after {deadline_s:g} s "
+                        f"(cluster.start_timeout_s): {error}"
+                    ) from None
+            time.sleep(POLL_S)
+
+    def _check_servers(self) -> None:
+        """Raise EngineError with the reason when a server has ended."""
+        for head, reason in zip(
+            self._heads, call_all(self._heads, "ended", deadline_s=self._deadline_s), strict=True
+        ):
+            if reason:
+                raise EngineError(f"{head.name}: {reason}")
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        calls = [rank.start("close") for rank in self.ranks]
+        try:
+            gather(calls, self._deadline_s)
+        finally:
+            for rank in self.ranks:
+                rank.kill()
+
+    @property
+    def _http(self) -> Client:
+        assert self._client is not None, f"{self.name} is not connected"
+        return self._client
+
+    # ------------------------------------------------------------------ completions
+
+    async def generate(self, request: Request) -> Completion:
+        """One completion, by the DP rank with the fewest unfinished ones. Raises EngineError."""
+        dp_rank = self._requests.index(min(self._requests))
+        self._requests[dp_rank] += 1
+        body = {
+            "input_ids": list(request.tokens),
+            "sampling_params": sampling_params(request.sampling),
+            "return_logprob": True,
+            "rid": f"{self.name}-{request.uid}".replace(" ", "-"),
+            "routed_dp_rank": dp_rank,
+        }
+        try:
+            answer = await self._http.call("/generate", body, self._deadline_s)
+        except EngineError:
+            await asyncio.to_thread(self._check_servers)  # the better explanation, if there is one
+            raise
+        finally:
+            self._requests[dp_rank] -= 1
+        try:
+            return completion(answer)
+        except ValueError as error:
+            raise EngineError(f"{self.name}: request {request.uid}: {error}") from None
+
+    async def abort(self) -> None:
+        await self._http.call("/abort_request", {"abort_all": True}, self._deadline_s)
+        end = time.monotonic() + self._deadline_s
+        while any(self._requests):
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"{self.name}: {sum(self._requests)} requests go on {self._deadline_s:g} s "
+                    "after they were aborted"
+                )
+            await asyncio.sleep(0.05)
+
+    # ------------------------------------------------------------------ memory
+
+    def enter(self, phase: Phase) -> None:
+        """Give up first, then take. SGLang dies if it is told to release while it works, so it is
+        paused, which ends what it still does."""
+        wanted = _HOLDS[phase]
+        if phase is Phase.generate and self.version < 0:
+            raise EngineError(f"{self.name} was never sent weights, or has given them up since")
+        if CACHE in self._held and phase is not Phase.generate:
+            self._post("/pause_generation", {"mode": "abort"})
+        if gone := sorted(self._held - wanted):
+            self._post("/release_memory_occupation", {"tags": gone})
+            if WEIGHTS in gone:
+                self.version = -1
+        if new := sorted(wanted - self._held):
+            self._post("/resume_memory_occupation", {"tags": new})
+        self._held = set(wanted)
+        if phase is Phase.generate:
+            self._post("/continue_generation", {})
+
+    def held_bytes(self) -> Mapping[str, int]:
+        """Weights by the layout; caches and graphs as SGLang measured them when it came up."""
+        size = 4 if self._spec.dtype == "fp32" else 2
+        weights = sum(
+            math.prod(param.shape) * (4 if param.keep_fp32 else size)
+            for rank in self._params
+            for param in rank
+        )
+        held = {WEIGHTS: weights, CACHE: self._cache_bytes, GRAPHS: self._graph_bytes}
+        return {
+            kind: held[tag] if tag in self._held else 0
+            for kind, tag in (("weights", WEIGHTS), ("cache", CACHE), ("graphs", GRAPHS))
+        }
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        try:
+            return self._http.post(path, body, self._deadline_s)
+        except EngineError:
+            self._check_servers()
+            raise
+
+    # ------------------------------------------------------------------ weights
+
+    def layout(self) -> Sequence[Sequence[Hosted]]:
+        return [[hosted for param in rank for hosted in param.hosted] for rank in self._params]
+
+    def receivers(self) -> Sequence[Any]:
+        return self.ranks
+
+    def begin_sync(self, version: int) -> None:
+        """Have the SGLang process of every rank call its actor, and wait until all have."""
+        self._post("/begin_weight_update", {})
+        addresses = call_all(self.ranks, "address_text", deadline_s=self._deadline_s)
+        self._update = self._http.start(
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": [_payload(address) for address in addresses],
+                "load_format": LOADER,
+                "weight_version": str(version),
+                "flush_cache": True,
+            },
+            self._deadline_s,
+        )
+        waiting = list(self.ranks)
+        end = time.monotonic() + self._deadline_s
+        while waiting:
+            came = call_all(waiting, "accept", POLL_S, deadline_s=self._deadline_s)
+            waiting = [rank for rank, is_here in zip(waiting, came, strict=True) if not is_here]
+            if waiting and self._update.done():
+                self._check_servers()
+                self._update.result()  # raises; or else SGLang did not do what it was asked
+                raise EngineError(f"{self.name} took no weights: its loader was not called")
+            if waiting and time.monotonic() > end:
+                names = ", ".join(rank.name for rank in waiting)
+                raise EngineError(f"no sync within {self._deadline_s:g} s from: {names}")
+
+    def commit(self, version: int) -> None:
+        assert self._update is not None, "begin_sync comes first"
+        call_all(self.ranks, "end_sync", deadline_s=self._deadline_s)
+        self._update.result()
+        self._post("/end_weight_update", {})
+        self._update = None
+        self.version = version
+
+
+def sampling_params(sampling: Sampling) -> dict[str, Any]:
+    """SGLang says -1 where we say 0 for all tokens."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "sampling_seed": sampling.seed,
+    }
+
+
+def completion(answer: Mapping[str, Any]) -> Completion:
+    """What a `/generate` answer says. Raises ValueError for what no training should see."""
+    meta = answer["meta_info"]
+    tokens, pairs = answer["output_ids"], meta["output_token_logprobs"]
+    if [token for _, token, *_ in pairs] != tokens:
+        raise ValueError(f"{len(tokens)} tokens came with log-probs of {len(pairs)} or of others")
+    logprobs = [logprob for logprob, *_ in pairs]
+    bad = [i for i, value in enumerate(logprobs) if value is None or not math.isfinite(value)]
+    if bad:  # JSON has no NaN: SGLang says null
+        raise ValueError(f"log-prob of token {bad[0]} is {logprobs[bad[0]]}: logits are not finite")
+    versions = {span["version"] for span in meta.get("weight_versions") or []}
+    if len(versions) > 1:
+        raise ValueError(f"its tokens are of several versions of the weights: {sorted(versions)}")
+    reason = meta["finish_reason"]["type"]
+    return Completion(tuple(tokens), tuple(logprobs), int(meta["weight_version"]), Finish(reason))
+
+
+def _payload(address: str) -> str:
+    """What SGLang wants for one rank: named tensors. Ours is a name and nothing: an empty tensor
+    has no storage, so that no file descriptor has to reach SGLang, which would end it."""
+    import torch
+
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump([(address, torch.empty(0))])
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,160 @@
+"""One rank of an SGLang engine as a Ray actor: the server process of its host, the weights' way in.
+
+The actor sits on the bundle of the trainer rank whose device it shares. The first of an engine's
+actors on each host runs the server there, with all ranks of that host as its children; every actor
+hands the buckets of its rank to the SGLang process of that rank (see `loader`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from miles_lite import log
+from miles_lite.protocols import Bucket, EngineError
+from miles_lite.rollout.layout import Param
+from miles_lite.rollout.sglang.launch import Place, launch
+from miles_lite.rollout.sglang.model_folder import engine_folder
+from miles_lite.rollout.sglang.options import EngineSpec
+from miles_lite.rollout.sglang.wire import Address, Message, write_route
+from miles_lite.weights.plan import Route
+
+LOG_LINES = 15  # of a server that ended, shown with its error
+
+
+class SGLangRank:
+    """Life: start_server (first of a host), then for every sync: accept, load_bucket ...,
+    finish_sync, end_sync. Methods may be called from several threads."""
+
+    def __init__(self, name: str, spec: EngineSpec, params: Sequence[Param], timeout_s: float):
+        log.setup("engine", -1)
+        self._name, self._spec, self._timeout_s = name, spec, timeout_s
+        self._params = params
+        self._routes: list[Route] = []
+        self._server: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._lock = threading.Lock()  # one question at a time
+        self._folder = Path(tempfile.mkdtemp(prefix="miles-lite-"))  # of mode 0700
+        self.address = Address(str(self._folder / "rank"), secrets.token_bytes(32))
+        self._listener = Listener(self.address.path, "AF_UNIX", authkey=self.address.key)
+
+    # ------------------------------------------------------------------ the server of this host
+
+    def free_port(self) -> int:
+        """A port that was free a moment ago on this host."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start_server(self, place: Place, api_key: str, log_file: Path) -> None:
+        """Begin to bring up the server of this host; returns at once."""
+        folder = engine_folder(self._spec.folder, self._folder / "model")
+        command = launch(replace(self._spec, folder=folder), place, api_key)
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._log_file = log_file
+        with log_file.open("ab") as output:
+            self._server = command.start(output)
+
+    def ended(self) -> str:
+        """Why the server of this host is no more; "" while it runs, or if another actor has it."""
+        if self._server is None or self._server.poll() is None:
+            return ""
+        lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        told = "\n".join(["", *lines])
+        return f"its server ended with code {self._server.returncode}; {self._log_file} ends:{told}"
+
+    def address_text(self) -> str:
+        return str(self.address)
+
+    def close(self) -> None:
+        """Kill the server of this host and wait until it is gone."""
+        if self._server is not None:
+            if self._server.stdin is not None:
+                self._server.stdin.close()  # on which it kills itself and its children
+            try:
+                self._server.wait(self._timeout_s)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+        self._listener.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------ one sync
+
+    def set_routes(self, routes: Sequence[Route]) -> None:
+        """Once, before the first sync: the copies that will come."""
+        self._routes = list(routes)
+
+    def accept(self, max_wait_s: float) -> bool:
+        """Whether the SGLang process of this rank has called, within max_wait_s, and is ready."""
+        inner: Any = self._listener  # has no deadline of its own
+        inner._listener._socket.settimeout(max_wait_s)
+        try:
+            self._connection = self._listener.accept()
+        except TimeoutError:
+            return False
+        self._ask(
+            "start",
+            name=self._name,
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[self._spec.dtype],
+            shapes={param.name: param.shape for param in self._params},
+            padded=[param.name for param in self._params if param.padded],
+            routes=[write_route(route) for route in self._routes],
+        )
+        return True
+
+    def load_bucket(self, source: int, number: int, bucket: Bucket) -> None:
+        """Have bucket `number` of trainer rank `source` copied into the live parameters."""
+        self._ask(
+            "load",
+            source=source,
+            number=number,
+            handle=bucket.handle,
+            num_bytes=bucket.num_bytes,
+        )
+
+    def finish_sync(self) -> dict[int, list[int]]:
+        """All has arrived? Returns checksums of the live weights by source."""
+        checksums: Mapping[str, list[int]] = self._ask("finish")["checksums"]
+        return {int(source): sums for source, sums in checksums.items()}
+
+    def end_sync(self) -> None:
+        """Let SGLang go on. Also after a failure."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        with contextlib.suppress(OSError, EOFError), connection:  # the rank may be gone
+            connection.send_bytes(Message("goodbye", {}).encode())
+            if connection.poll(self._timeout_s):
+                connection.recv_bytes()
+
+    def _ask(self, verb: str, **body: Any) -> dict[str, Any]:
+        with self._lock:
+            if self._connection is None:
+                raise EngineError(f"{self._name} is not in a sync, and was told to {verb!r}")
+            try:
+                self._connection.send_bytes(Message(verb, body).encode())
+                if not self._connection.poll(self._timeout_s):
+                    raise EngineError(
+                        f"{self._name}: its SGLang process did not answer {verb!r} within "
+                        f"{self._timeout_s:g} s"
+                    )
+                answer = json.loads(self._connection.recv_bytes())
+            except (EOFError, OSError) as error:
+                raise EngineError(
+                    f"{self._name}: its SGLang process went away in {verb!r} of a sync "
+                    f"({error or type(error).__name__}); {self.ended() or 'see the engine log'}"
+                ) from None
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer
