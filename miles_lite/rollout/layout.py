@@ -17,7 +17,7 @@ from miles_lite.protocols import Hosted, Segment
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One parameter or buffer of a rank. `hosted` covers all of it, exactly once, but for padding."""
+    """One parameter or buffer of a rank. `hosted` covers it once, but for padding."""
 
     name: str  # "layers.3.in_proj"
     shape: tuple[int, ...]

@@ -6,6 +6,7 @@ its own device. The plan is the same on every process that derives it.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def sync_plan(
                 place = Place(hosted.param, hosted.index, hosted.dim, offset)
                 held[name].append(_Held(start, start + count, rank, place))
     load = [0] * len(sources)
+    holders = functools.cache(lambda name, row: [h for h in held[name] if h.start <= row < h.stop])
     copies: dict[tuple[int, int], list[Copy]] = defaultdict(list)
     for target, hosted_list in enumerate(targets):
         for hosted in hosted_list:
@@ -100,7 +102,7 @@ def sync_plan(
                 max_rows = max(1, bucket_bytes // row_bytes)
                 row, stop = start, start + count
                 while row < stop:
-                    source = _choose(held[name], row, home[target], load)
+                    source = _choose(holders(name, row), home[target], load)
                     if source is None:
                         raise ValueError(
                             f"no trainer rank hosts row {row} of {name!r}, "
@@ -126,9 +128,8 @@ def sync_plan(
     ]
 
 
-def _choose(held: Sequence[_Held], row: int, home: int, load: Sequence[int]) -> _Held | None:
-    """A holder of `row`: the one on the same device, else the one that has least to send."""
-    holders = [h for h in held if h.start <= row < h.stop]
+def _choose(holders: Sequence[_Held], home: int, load: Sequence[int]) -> _Held | None:
+    """The one on the same device, else the one that has least to send."""
     if not holders:
         return None
     return min(holders, key=lambda h: (h.rank != home, load[h.rank], h.rank))

@@ -12,7 +12,9 @@ Sources: `nemotron_h` checkpoints, megatron-core `sharded_state_dict` of its Mam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -129,21 +131,31 @@ def mtp_tensors(model: NemotronH) -> dict[str, HfTensor]:
     return found
 
 
+@functools.lru_cache(maxsize=4)
+def _rows_of_stages(model: NemotronH, pp: int, ep: int) -> Mapping[tuple[int, int], Sequence[Row]]:
+    """By pipeline stage and EP rank, -1 for what is no expert: a layout of many ranks goes through
+    every row once, and not once a rank."""
+    layers_per_stage, experts_per_rank = model.num_layers // pp, max(1, model.num_experts // ep)
+    found: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in rows(model):
+        stage = min(max(row.layer, 0), model.num_layers - 1) // layers_per_stage
+        holder = row.expert // experts_per_rank if row.cut is Cut.expert else -1
+        found[stage, holder].append(row)
+    return found
+
+
 def trainer_layout(model: NemotronH, dims: ParallelDims, rank: int) -> list[Hosted]:
     """What one trainer rank holds, under the names its own module uses (local numbering)."""
     layers_per_stage = model.num_layers // dims.pp
     experts_per_rank = model.num_experts // dims.ep
     stage = dims.pp_rank(rank)
+    by_place = _rows_of_stages(model, dims.pp, dims.ep)
     hosted = []
-    for row in rows(model):
-        if min(max(row.layer, 0), model.num_layers - 1) // layers_per_stage != stage:
-            continue
+    for row in (*by_place[stage, -1], *by_place.get((stage, dims.ep_rank(rank)), ())):
         name, index, size = row.megatron, 0, 1
         if row.cut is Cut.tensor:
             index, size = dims.tp_rank(rank), dims.tp
         elif row.cut is Cut.expert:
-            if row.expert // experts_per_rank != dims.ep_rank(rank):
-                continue
             index, size = dims.expert_tp_rank(rank), dims.expert_tp
             local = row.expert % experts_per_rank
             name = name.replace(f".local_experts.{row.expert}.", f".local_experts.{local}.")

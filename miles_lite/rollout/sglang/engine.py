@@ -58,7 +58,11 @@ class SGLangEngine:
     # ------------------------------------------------------------------ life
 
     def connect(self, hosts: Sequence[str], deadline_s: float) -> None:
-        """Start the servers; hosts: of each rank. Raises EngineError with the end of a log."""
+        """Start the servers, or start them anew; hosts: of each rank. Raises EngineError with the
+        end of a log."""
+        if self._client is not None:
+            self._client.close()
+        self._held, self.version, self._update = set(_HOLDS[Phase.generate]), -1, None
         nodes = list(dict.fromkeys(hosts))
         assert len(nodes) == self._spec.num_nodes, f"{self.name}: on {nodes}"
         self._heads = [self.ranks[hosts.index(node)] for node in nodes]
@@ -207,6 +211,8 @@ class SGLangEngine:
 
     def begin_sync(self, version: int) -> None:
         """Have the SGLang process of every rank call its actor, and wait until all have."""
+        if self._update is not None:  # an earlier sync failed half-way; this one fills all again
+            self._end_update()
         self._post("/begin_weight_update", {})
         addresses = call_all(self.ranks, "address_text", deadline_s=self._deadline_s)
         self._update = self._http.start(
@@ -233,12 +239,15 @@ class SGLangEngine:
                 raise EngineError(f"no sync within {self._deadline_s:g} s from: {names}")
 
     def commit(self, version: int) -> None:
-        assert self._update is not None, "begin_sync comes first"
-        call_all(self.ranks, "end_sync", deadline_s=self._deadline_s)
-        self._update.result()
-        self._post("/end_weight_update", {})
-        self._update = None
+        self._end_update()
         self.version = version
+
+    def _end_update(self) -> None:
+        update, self._update = self._update, None
+        assert update is not None, "begin_sync comes first"
+        call_all(self.ranks, "end_sync", deadline_s=self._deadline_s)
+        update.result()
+        self._post("/end_weight_update", {})
 
 
 def sampling_params(sampling: Sampling) -> dict[str, Any]:

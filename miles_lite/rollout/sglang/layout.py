@@ -8,6 +8,8 @@ what SGLang's own loader makes of the same checkpoint. Read from SGLang 0.5.23.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 from miles_lite.models.nemotron_h import NemotronH
@@ -44,14 +46,15 @@ _OVER_ALL_RANKS = {"up", "down", "shared_up", "shared_down"}
 _FORMS = {"A_log": Form.decay, "D": Form.rounded, "dt_bias": Form.rounded}
 
 
-def params(model: NemotronH, dims: EngineDims, rank: int, dp_lm_head: bool) -> list[Param]:
+@functools.cache  # engines of one run are alike
+def params(model: NemotronH, dims: EngineDims, rank: int, dp_lm_head: bool) -> Sequence[Param]:
     """Everything a rank hosts. `dp_lm_head`: the head is cut over a DP group, not over all ranks.
 
     Rows that only pad the vocabulary are part of a parameter's shape and hosted by nobody.
     """
     check_cuts(model, dims)
     in_group = slices(model, dims, rank)
-    over_all = {p.name: p for p in slices(model, replace(dims, dp=1), rank)}
+    over_all = {p.name: p for p in slices(model, replace(dims, dp=1, ep=dims.tp), rank)}
     found = []
     for param in in_group:
         prefix, _, name = param.name.rpartition(".")

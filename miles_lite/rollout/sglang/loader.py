@@ -74,9 +74,7 @@ def _start(body: JSON, tensors: Mapping[str, torch.Tensor]) -> Inbox:
         raise WeightSyncError(
             f"{body['name']}: SGLang has weights that no sync fills: {', '.join(unfilled[:5])}"
         )
-    for name in body[
-        "padded"
-    ]:  # nobody sends the padding, and released memory comes back as garbage
+    for name in body["padded"]:  # nobody sends the padding, and what was released is garbage
         tensors[name].zero_()
     routes = [read_route(route) for route in body["routes"]]
     return Inbox(

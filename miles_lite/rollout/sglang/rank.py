@@ -58,8 +58,11 @@ class SGLangRank:
             return probe.getsockname()[1]
 
     def start_server(self, place: Place, api_key: str, log_file: Path) -> None:
-        """Begin to bring up the server of this host; returns at once."""
-        folder = engine_folder(self._spec.folder, self._folder / "model")
+        """Begin to bring up the server of this host, in place of one that was; returns at once."""
+        self._stop_server()
+        folder = self._folder / "model"
+        if not folder.exists():
+            engine_folder(self._spec.folder, folder)
         command = launch(replace(self._spec, folder=folder), place, api_key)
         log_file.parent.mkdir(parents=True, exist_ok=True)
         self._log_file = log_file
@@ -79,15 +82,20 @@ class SGLangRank:
 
     def close(self) -> None:
         """Kill the server of this host and wait until it is gone."""
-        if self._server is not None:
-            if self._server.stdin is not None:
-                self._server.stdin.close()  # on which it kills itself and its children
-            try:
-                self._server.wait(self._timeout_s)
-            except subprocess.TimeoutExpired:
-                self._server.kill()
+        self._stop_server()
         self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _stop_server(self) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        if server.stdin is not None:
+            server.stdin.close()  # on which it kills itself and its children
+        try:
+            server.wait(self._timeout_s)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
     # ------------------------------------------------------------------ one sync
 

@@ -1,4 +1,4 @@
-"""What an engine rank's actor and the SGLang process of that rank say to each other: JSON in frames.
+"""What an engine rank's actor and the SGLang process of that rank say to each other, as JSON.
 
 No pickles: the socket is a file that only its owner may open, each connection must know the key,
 and what comes through it is data.

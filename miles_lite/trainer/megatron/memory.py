@@ -6,6 +6,7 @@ buffers, views and hooks stay valid; Megatron's own gradient offload works the s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from miles_lite.protocols import Phase
+from miles_lite.trainer.megatron.setup import suspendable_groups
 
 
 class DeviceMemory:
@@ -27,20 +29,34 @@ class DeviceMemory:
         self._device = device
         module: torch.nn.Module = ddp.module  # megatron does not type it
         self._weights = _storages([*module.parameters(), *module.buffers()])
-        self._host: list[torch.Tensor] = []  # pinned copies while weights are off the device
-        self._has_grads = True
+        self._sizes = [storage.nbytes() for storage in self._weights]
+        self._host: list[torch.Tensor] = []  # pinned, made once: pinning takes seconds a gigabyte
+        self._has_weights = self._has_grads = True
+        self._suspended: list[Any] = []  # process groups whose buffers are off the device
 
     def enter(self, phase: Phase) -> None:
+        for group in self._suspended:
+            group.resume()
+        self._suspended = []
         self._set_grads(phase is Phase.train)
         self._set_weights(phase is not Phase.generate)
+        if phase is Phase.generate:  # in the others ranks talk to each other
+            self._suspended = suspendable_groups()
+            for group in self._suspended:
+                group.suspend()
 
     def held_bytes(self) -> dict[str, int]:
+        """ "device", on a GPU only, is all that is taken on it, by whatever process."""
         ddp: Any = self._ddp  # its `buffers` is a list, unlike that of any other module
         buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
-        return {
+        held = {
             "weights": sum(storage.nbytes() for storage in self._weights),
             "grads": sum(b.grad_data.untyped_storage().nbytes() for b in buffers),
         }
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            held["device"] = total - free
+        return held
 
     def _set_grads(self, wanted: bool) -> None:
         if wanted == self._has_grads:
@@ -52,23 +68,39 @@ class DeviceMemory:
         self._has_grads = wanted
 
     def _set_weights(self, wanted: bool) -> None:
-        if self._device.type == "cpu" or wanted == (not self._host):
+        if self._device.type == "cpu" or wanted == self._has_weights:
             return
         if wanted:
+            await_free(sum(self._sizes), self._device)
             for storage, host in zip(self._weights, self._host, strict=True):
                 storage.resize_(host.numel())
                 _bytes(storage, self._device).copy_(host, non_blocking=True)
             torch.cuda.synchronize()
-            self._host = []
         else:
-            for storage in self._weights:
-                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True)
+            self._host = self._host or [
+                torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in self._sizes
+            ]
+            for storage, host in zip(self._weights, self._host, strict=True):
                 host.copy_(_bytes(storage, self._device), non_blocking=True)
-                self._host.append(host)
             torch.cuda.synchronize()
             for storage in self._weights:
                 storage.resize_(0)
             torch.cuda.empty_cache()
+        self._has_weights = wanted
+
+
+def await_free(num_bytes: int, device: torch.device, deadline_s: float = 60.0) -> None:
+    """Wait until the device really has so many bytes: another process that has said it let go of
+    them may still be at it. Raises RuntimeError (not run on a GPU)."""
+    end = time.monotonic() + deadline_s
+    while (free := torch.cuda.mem_get_info(device)[0]) < num_bytes:
+        if time.monotonic() > end:
+            raise RuntimeError(
+                f"{num_bytes} bytes are wanted back on {device} but {free} are free after "
+                f"{deadline_s:g} s: lower rollout.engine.sglang.mem_fraction_static, or see in "
+                "memory/* of metrics.jsonl who holds more than before"
+            )
+        time.sleep(0.05)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
+from torch._C._distributed_c10d import Backend as _Backend
 
 from miles_lite.cluster.rendezvous import TCPStore, open_store
 from miles_lite.parallel import ParallelDims
 from miles_lite.trainer.megatron import cpu_compat
+
+log = logging.getLogger(__name__)
 
 
 def init(
@@ -55,6 +61,30 @@ def init_groups(dims: ParallelDims, seed: int, timeout_s: float) -> None:
     )
     _check_coordinates(dist.get_rank(), dims)
     model_parallel_cuda_manual_seed(seed)
+
+
+NCCL_WITH_SUSPEND = (2, 29, 7)
+
+
+def suspendable_groups() -> list[Any]:
+    """NCCL backends whose buffers can leave the device between uses: of every group there is.
+
+    They take gigabytes a device with as many groups as Megatron makes. Empty on a CPU, whose gloo
+    holds none, and with an NCCL or torch that cannot. Not run on a GPU; should be right because
+    torch's Backend.suspend is a wrapper of ncclCommSuspend for exactly this use.
+    """
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return []
+    if torch.cuda.nccl.version() < NCCL_WITH_SUSPEND or not hasattr(_Backend, "suspend"):
+        log.warning(
+            "NCCL %s keeps the buffers of all process groups on the device while engines generate; "
+            "%s and later, with a torch that knows, would not",
+            *(".".join(map(str, v)) for v in (torch.cuda.nccl.version(), NCCL_WITH_SUSPEND)),
+        )
+        return []
+    groups = list(dist.distributed_c10d._world.pg_map)
+    backends = [group._get_backend(torch.device("cuda")) for group in groups]
+    return list({id(backend): backend for backend in backends}.values())
 
 
 def destroy() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from miles_lite.rollout.sglang.cpu import dp_attention, hooks, kernels, mamba, memory, moe
+from miles_lite.rollout.sglang.cpu import dp_attention, hooks, kernels, mamba, memory, moe, unpadded
 
 
 def install() -> None:
@@ -21,6 +21,7 @@ def install() -> None:
             **moe.PATCHES,
             **dp_attention.PATCHES,
             **memory.PATCHES,
+            **unpadded.PATCHES,
             "sglang.srt.models.nemotron_h": _patch_model,
         }
     )

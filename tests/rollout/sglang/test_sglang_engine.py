@@ -1,0 +1,272 @@
+"""The real SGLang, on a CPU, behind the same seam as the embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from miles_lite.parallel import EngineDims
+from miles_lite.protocols import EngineError, Phase
+from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.rollout.embedded.rank import EngineRank
+from miles_lite.rollout.sglang.engine import SGLangEngine
+from miles_lite.types import Completion, Finish, Request
+from miles_lite.weights.plan import Place, Route
+from miles_lite.weights.transport import WeightSyncError
+from tests.rollout.embedded.helpers import GREEDY, ONE, SAMPLED, Tiny, build, random_prompt, run
+from tests.rollout.sglang.engines import Trainer, ask, serving, started
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+
+LAYOUTS = [EngineDims(tp=1, dp=1, ep=1), EngineDims(tp=2, dp=1, ep=2), EngineDims(tp=2, dp=2, ep=2)]
+REQUESTS = [
+    Request(number, random_prompt(length, seed=number), replace(base, seed=number + 1))
+    for number, (length, base) in enumerate(
+        [(5, GREEDY), (9, SAMPLED), (17, GREEDY), (3, SAMPLED), (30, GREEDY), (12, SAMPLED)]
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+def pair(
+    request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[SGLangEngine, Trainer]]:
+    """An engine and who sends its weights, one after the other for each layout."""
+    with started(tiny.folder, request.param, tmp_path_factory.mktemp("log")) as engine:
+        yield engine, Trainer(tiny.folder, engine)
+
+
+Pair = tuple[SGLangEngine, Trainer]
+
+
+def test_it_refuses_to_serve_weights_it_never_got(pair: Pair) -> None:
+    engine, _ = pair
+    engine.enter(Phase.sync)
+    with pytest.raises(EngineError, match="engine 0 was never sent weights"):
+        engine.enter(Phase.generate)
+
+
+def test_a_sync_brings_what_sglangs_own_loader_reads(pair: Pair, tiny: Tiny) -> None:
+    """Every tensor of every rank, by SGLang's checker; and not a byte more than is hosted."""
+    engine, trainer = pair
+    engine.enter(Phase.sync)
+    sent = trainer.send(1)
+    assert sent == engine.held_bytes()["weights"]
+    ours = engine._post("/weights_checker", {"action": "checksum"})
+    view = engine._http.get("/model_info", 60)["model_path"]
+    engine._post("/update_weights_from_disk", {"model_path": view, "load_format": "auto"})
+    theirs = engine._post("/weights_checker", {"action": "checksum"})
+    assert len(ours["ranks"]) == engine._spec.dims.tp
+    assert ours["ranks"] == theirs["ranks"]
+
+
+def test_it_says_what_transformers_and_the_embedded_engine_say(pair: Pair, tiny: Tiny) -> None:
+    engine, trainer = pair
+    serving(engine, trainer, 2)
+    answers = ask(engine, REQUESTS)
+    embedded = _embedded(tiny, REQUESTS)
+    for request, answer in zip(REQUESTS, answers, strict=True):
+        assert answer.version == 2
+        assert answer.finish is Finish.length
+        assert len(answer.tokens) == request.sampling.max_new_tokens
+        _check_logprobs(tiny, request, answer)
+        if request.sampling.temperature == 0:
+            assert answer.tokens == embedded[request.uid].tokens
+            assert answer.logprobs == pytest.approx(embedded[request.uid].logprobs, abs=1e-4)
+
+
+def _check_logprobs(tiny: Tiny, request: Request, answer: Completion) -> None:
+    logits = tiny.logits(request.tokens + answer.tokens)
+    expected = logits.log_softmax(-1)[len(request.tokens) - 1 : -1]
+    picked = expected.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+    assert answer.logprobs == pytest.approx(picked.tolist(), abs=1e-4)
+
+
+def _embedded(tiny: Tiny, requests: list[Request]) -> dict[int, Completion]:
+    options = EngineOptions(
+        dtype="float32",
+        device="cpu",
+        max_running=8,
+        max_seq_len=256,
+        prefill_tokens=1024,
+        timeout_s=60.0,
+    )
+    rank = EngineRank(tiny.model, ONE, 0, options)
+    rank.connect("")
+    rank.load_hf(tiny.folder)
+    rank.set_version(0)
+    rank.enter(Phase.generate)
+    try:
+        return run(rank, requests)
+    finally:
+        rank.close()
+
+
+def test_a_seed_draws_the_same_whatever_else_runs(pair: Pair) -> None:
+    engine, trainer = pair
+    serving(engine, trainer, 3)
+    sampled = [r for r in REQUESTS if r.sampling.temperature > 0]
+    together = ask(engine, [replace(r, uid=100 + r.uid) for r in REQUESTS])
+    alone = [ask(engine, [replace(r, uid=200 + r.uid)])[0] for r in sampled]
+    by_seed = {r.sampling.seed: a for r, a in zip(REQUESTS, together, strict=True)}
+    for request, answer in zip(sampled, alone, strict=True):
+        assert answer.tokens == by_seed[request.sampling.seed].tokens
+    assert len({a.tokens for a in alone}) == len(alone)
+
+
+def test_stop_tokens_end_an_answer_and_are_its_last(pair: Pair) -> None:
+    engine, trainer = pair
+    serving(engine, trainer, 4)
+    (free,) = ask(engine, [replace(REQUESTS[0], uid=300)])
+    stop = free.tokens[3]
+    sampling = replace(REQUESTS[0].sampling, stop_token_ids=(stop,))
+    (stopped,) = ask(engine, [replace(REQUESTS[0], uid=301, sampling=sampling)])
+    assert stopped.finish is Finish.stop
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
+
+
+def test_abort_ends_what_runs_and_leaves_it_usable(pair: Pair) -> None:
+    engine, trainer = pair
+    serving(engine, trainer, 5)
+    long = replace(GREEDY, max_new_tokens=200)
+    requests = [Request(400 + i, random_prompt(20, seed=i), long) for i in range(6)]
+
+    async def cut_short() -> list[Completion]:
+        tasks = [asyncio.ensure_future(engine.generate(request)) for request in requests]
+        await asyncio.sleep(0.3)
+        await engine.abort()
+        return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(cut_short())
+    assert Finish.abort in {answer.finish for answer in answers}
+    for answer in answers:
+        assert len(answer.logprobs) == len(answer.tokens) <= 200
+    (after,) = ask(engine, [replace(REQUESTS[0], uid=450)])
+    assert after.finish is Finish.length
+
+
+def test_leaving_generate_ends_requests_that_nobody_waits_for(pair: Pair) -> None:
+    engine, trainer = pair
+    serving(engine, trainer, 6)
+
+    async def give_up() -> None:
+        request = Request(500, random_prompt(20, seed=0), replace(GREEDY, max_new_tokens=200))
+        task = asyncio.ensure_future(engine.generate(request))
+        await asyncio.sleep(0.2)
+        task.cancel()
+
+    asyncio.run(give_up())
+    engine.enter(Phase.train)
+    assert engine.held_bytes() == {"weights": 0, "cache": 0, "graphs": 0}
+    assert engine.version == -1
+
+
+def test_released_weights_that_were_not_sent_again_are_noticed(pair: Pair) -> None:
+    """What comes back after a release is garbage (NaN in the CPU's memory saver)."""
+    engine, trainer = pair
+    serving(engine, trainer, 7)
+    engine.enter(Phase.train)
+    engine.enter(Phase.sync)
+    engine.version = 7  # a driver that forgot
+    engine.enter(Phase.generate)
+    with pytest.raises(EngineError, match=r"engine 0: request 600: .* not finite"):
+        ask(engine, [replace(REQUESTS[0], uid=600)])
+    serving(engine, trainer, 8)
+    (answer,) = ask(engine, [replace(REQUESTS[0], uid=601)])
+    assert answer.version == 8
+
+
+def test_a_dropped_expert_is_named_and_the_next_sync_mends_it(pair: Pair) -> None:
+    engine, trainer = pair
+    lost = "backbone.layers.1.mixer.experts.3.up_proj.weight"
+
+    def without(plan: list[Route]) -> list[Route]:
+        """The engine skips the expert, as a loader does that does not know its name."""
+        return [
+            replace(
+                route,
+                buckets=tuple(
+                    tuple(_nowhere(c) if c.tensor == lost else c for c in b) for b in route.buckets
+                ),
+            )
+            for route in plan
+        ]
+
+    def _nowhere(copy):  # the bytes go where other bytes overwrite them
+        other = copy.target.index - 1 if copy.target.index else 1
+        return replace(copy, target=replace(copy.target, index=other))
+
+    engine.enter(Phase.sync)
+    with pytest.raises(WeightSyncError, match=r"engine 0 rank \d.*experts\."):
+        trainer.send(9, without)
+    serving(engine, trainer, 10)
+    assert ask(engine, [replace(REQUESTS[0], uid=700)])[0].version == 10
+
+
+def test_swapped_names_are_named(pair: Pair) -> None:
+    engine, trainer = pair
+    swap = {
+        "model.layers.0.mixer.D": "model.layers.0.mixer.dt_bias",
+        "model.layers.0.mixer.dt_bias": "model.layers.0.mixer.D",
+    }
+
+    def swapped(plan: list[Route]) -> list[Route]:
+        def turned(place: Place) -> Place:
+            return replace(place, param=swap.get(place.param, place.param))
+
+        return [
+            replace(
+                route,
+                buckets=tuple(
+                    tuple(replace(c, target=turned(c.target)) for c in bucket)
+                    for bucket in route.buckets
+                ),
+            )
+            for route in plan
+        ]
+
+    engine.enter(Phase.sync)
+    with pytest.raises(WeightSyncError, match=r"layers\.0\.mixer\.(D|dt_bias)"):
+        trainer.send(11, swapped)
+    serving(engine, trainer, 12)
+
+
+def test_a_rank_killed_in_a_sync_is_named_and_the_engine_comes_up_again(pair: Pair) -> None:
+    """Last for each layout: it costs a server."""
+    engine, trainer = pair
+    engine.enter(Phase.sync)
+    engine.begin_sync(13)
+    victim = _schedulers()[-1]
+    victim.kill()
+    with pytest.raises(
+        RuntimeError, match=r"engine 0 rank \d failed in 'load_bucket': .*went away"
+    ):
+        trainer._sender.send(60)
+    engine.connect(["127.0.0.1"] * engine._spec.dims.tp, 400)
+    serving(engine, trainer, 14)
+    assert ask(engine, [replace(REQUESTS[0], uid=800)])[0].version == 14
+    _schedulers()[0].kill()
+    with pytest.raises(EngineError, match=r"engine 0"):
+        ask(engine, [replace(REQUESTS[0], uid=801)])
+
+
+def _schedulers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        if process.name().startswith("sglang::sched") or "sglang::scheduler" in " ".join(
+            process.cmdline()
+        ):
+            found.append(process)
+    assert found, [p.cmdline() for p in psutil.Process().children(recursive=True)]
+    return found
