@@ -250,12 +250,18 @@ def _start_embedded(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
 
 
 def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
-    from miles_lite.rollout.sglang.engine import SGLangEngine
+    from miles_lite.rollout.sglang.engine import LOADER, SGLangEngine
     from miles_lite.rollout.sglang.layout import params
+    from miles_lite.rollout.sglang.options import EngineSpec
     from miles_lite.rollout.sglang.rank import SGLangRank
 
-    spec = _sglang_spec(cfg, spot.device, len({bundle.host for bundle in spot.bundles}))
-    held = [params(model, spec.dims, rank, spec.dp_lm_head) for rank in range(spec.dims.tp)]
+    spec = replace(
+        EngineSpec.of(cfg, cfg.model.path, spot.device),
+        num_nodes=len({bundle.host for bundle in spot.bundles}),
+        weight_loaders=(LOADER,),
+    )
+    dp_lm_head = bool(spec.extra.get("enable_dp_lm_head"))
+    held = [params(model, spec.dims, rank, dp_lm_head) for rank in range(spec.dims.tp)]
     ranks = [
         spot.spawn(
             SGLangRank, rank, f"{spot.name} rank {rank}", spec, held[rank], cfg.sync.timeout_s
@@ -263,26 +269,6 @@ def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
         for rank in range(spec.dims.tp)
     ]
     return SGLangEngine(spot.name, ranks, held, spec, spot.log_folder, cfg.rollout.timeout_s)
-
-
-def _sglang_spec(cfg: Config, device: str, num_nodes: int) -> EngineSpec:
-    from miles_lite.rollout.sglang.options import EngineSpec
-
-    engine = cfg.rollout.engine
-    return EngineSpec(
-        folder=cfg.model.path,
-        dims=engine.dims,
-        num_nodes=num_nodes,
-        dtype=cfg.model.dtype,
-        device=device,
-        context_len=cfg.max_seq_len,
-        max_running=engine.max_running,
-        prefill_tokens=engine.prefill_tokens,
-        seed=derive_seed(cfg.seed, "engines") % 2**31,
-        weight_loader="miles_lite.rollout.sglang.loader.receive",
-        python=engine.python,
-        extra=engine.sglang,
-    )
 
 
 _ENGINES = {"embedded": _start_embedded, "sglang": _start_sglang}

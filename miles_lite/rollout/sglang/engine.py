@@ -165,6 +165,7 @@ class SGLangEngine:
     def enter(self, phase: Phase) -> None:
         """Give up first, then take. SGLang dies if it is told to release while it works, so it is
         paused, which ends what it still does."""
+        self._end_update()
         wanted = _HOLDS[phase]
         if phase is Phase.generate and self.version < 0:
             raise EngineError(f"{self.name} was never sent weights, or has given them up since")
@@ -211,8 +212,8 @@ class SGLangEngine:
 
     def begin_sync(self, version: int) -> None:
         """Have the SGLang process of every rank call its actor, and wait until all have."""
-        if self._update is not None:  # an earlier sync failed half-way; this one fills all again
-            self._end_update()
+        self._end_update()
+        self.version = -1
         self._post("/begin_weight_update", {})
         addresses = call_all(self.ranks, "address_text", deadline_s=self._deadline_s)
         self._update = self._http.start(
@@ -239,12 +240,16 @@ class SGLangEngine:
                 raise EngineError(f"no sync within {self._deadline_s:g} s from: {names}")
 
     def commit(self, version: int) -> None:
+        assert self._update is not None, "begin_sync comes first"
         self._end_update()
         self.version = version
 
     def _end_update(self) -> None:
+        """Let SGLang's processes go on, if they wait for weights: until then they do nothing else.
+        After a sync that failed the version stays -1, and the next sync fills all again."""
         update, self._update = self._update, None
-        assert update is not None, "begin_sync comes first"
+        if update is None:
+            return
         call_all(self.ranks, "end_sync", deadline_s=self._deadline_s)
         update.result()
         self._post("/end_weight_update", {})

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import torch
 
 from miles_lite.rollout.sglang.wire import Address, Message, read_route
+from miles_lite.weights.plan import Copy
 from miles_lite.weights.transport import Inbox, WeightSyncError
 
 JSON = dict[str, Any]
@@ -27,10 +28,10 @@ def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Ten
     """Take one sync. named_tensors: a single entry, whose name is the Address of the actor."""
     address = Address.parse(named_tensors[0][0])
     with Client(address.path, "AF_UNIX", address.key) as connection, torch.no_grad():
-        serve(connection, dict(model.named_parameters()))
+        serve(connection, model)
 
 
-def serve(connection: Connection, tensors: Mapping[str, torch.Tensor]) -> None:
+def serve(connection: Connection, model: Any) -> None:
     """Answer the actor's messages until it says goodbye or is gone."""
     inbox: Inbox | None = None
     while True:
@@ -41,7 +42,7 @@ def serve(connection: Connection, tensors: Mapping[str, torch.Tensor]) -> None:
         answer: JSON = {}
         try:
             if message.verb == "start":
-                inbox = _start(message.body, tensors)
+                inbox = _start(message.body, model)
             elif message.verb == "load":
                 assert inbox is not None, "start comes first"
                 inbox.load(message.body["source"], message.body["number"], message.bucket())
@@ -58,8 +59,9 @@ def serve(connection: Connection, tensors: Mapping[str, torch.Tensor]) -> None:
             return
 
 
-def _start(body: JSON, tensors: Mapping[str, torch.Tensor]) -> Inbox:
+def _start(body: JSON, model: Any) -> Inbox:
     """Hold what the sync expects against the live model before anything is written."""
+    tensors = dict(model.named_parameters())
     expected = {name: tuple(shape) for name, shape in body["shapes"].items()}
     live = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name in expected}
     for name, shape in expected.items():
@@ -77,9 +79,69 @@ def _start(body: JSON, tensors: Mapping[str, torch.Tensor]) -> Inbox:
     for name in body["padded"]:  # nobody sends the padding, and what was released is garbage
         tensors[name].zero_()
     routes = [read_route(route) for route in body["routes"]]
+    if body["check_names"]:
+        _check_names(body["name"], model, [copy for route in routes for copy in route.copies])
     return Inbox(
         body["name"],
         tensors.__getitem__,
         {route.source: route for route in routes},
         getattr(torch, body["dtype"]),
     )
+
+
+def _check_names(name: str, model: Any, copies: Sequence[Copy]) -> None:
+    """Where SGLang's own `load_weights` would put each HF tensor must be where the plan puts it.
+
+    Both sides' checksums agree on a tensor that the plan sends to the wrong place; this does not.
+    """
+    planned = {copy.tensor: (copy.target.param, copy.target.index) for copy in copies}
+    found = _own_places(model, planned)
+    for tensor, place in planned.items():
+        if found.get(tensor) != place:
+            raise WeightSyncError(
+                f"{name}: the sync puts {tensor!r} into {_told(place)}, SGLang itself into "
+                f"{_told(found.get(tensor))}"
+            )
+
+
+def _told(place: tuple[str, int] | None) -> str:
+    if place is None:
+        return "nothing"
+    param, index = place
+    return f"{param!r}" + (f" at {index}" if index >= 0 else "")
+
+
+def _own_places(model: Any, names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """HF name -> (parameter, position of its expert or -1), by having SGLang load nothing under
+    every name while all parameters only note who is loaded into them."""
+    places: dict[str, tuple[str, int]] = {}
+    params = dict(model.named_parameters())
+    owners = {id(param): name for name, param in params.items()}
+    current = ""
+
+    def note(param: torch.Tensor, loaded: torch.Tensor, *_: Any, **named: Any) -> None:
+        expert = named.get("expert_id")
+        local = -1 if expert is None else expert % param.shape[0]  # experts lie in order
+        places[current] = (owners[id(param)], local)
+
+    loaders = {name: getattr(param, "weight_loader", None) for name, param in params.items()}
+    try:
+        for param in params.values():
+            _set_loader(param, note)
+        for current in names:
+            model.load_weights([(current, torch.empty(0))])
+    finally:
+        for name, param in params.items():
+            _set_loader(param, loaders[name])
+    return places
+
+
+def _set_loader(param: Any, loader: Any) -> None:
+    """Some of SGLang's parameters have it as a property of their own field, others as a plain
+    attribute, or not at all."""
+    if hasattr(type(param), "weight_loader"):
+        param._weight_loader = loader
+    elif loader is None:
+        del param.weight_loader
+    else:
+        param.weight_loader = loader

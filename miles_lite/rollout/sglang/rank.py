@@ -42,6 +42,7 @@ class SGLangRank:
         self._name, self._spec, self._timeout_s = name, spec, timeout_s
         self._params = params
         self._routes: list[Route] = []
+        self._check_names = True
         self._server: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._lock = threading.Lock()  # one question at a time
@@ -102,6 +103,7 @@ class SGLangRank:
     def set_routes(self, routes: Sequence[Route]) -> None:
         """Once, before the first sync: the copies that will come."""
         self._routes = list(routes)
+        self._check_names = True
 
     def accept(self, max_wait_s: float) -> bool:
         """Whether the SGLang process of this rank has called, within max_wait_s, and is ready."""
@@ -118,7 +120,9 @@ class SGLangRank:
             shapes={param.name: param.shape for param in self._params},
             padded=[param.name for param in self._params if param.padded],
             routes=[write_route(route) for route in self._routes],
+            check_names=self._check_names,  # takes a while with many experts: once for all syncs
         )
+        self._check_names = False
         return True
 
     def load_bucket(self, source: int, number: int, bucket: Bucket) -> None:

@@ -89,11 +89,12 @@ def started(
         dims=dims,
         dtype="fp32",
         device="cpu",
-        context_len=256,
+        max_seq_len=256,
         max_running=8,
         prefill_tokens=1024,
         seed=1,
-        weight_loader=LOADER,
+        weight_loaders=(LOADER,),
+        extra={"skip_tokenizer_init": True},
         python=PYTHON,
     )
     engine_spec = EngineSpec(**{**options, **spec})
