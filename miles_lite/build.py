@@ -260,8 +260,7 @@ def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
         num_nodes=len({bundle.host for bundle in spot.bundles}),
         weight_loaders=(LOADER,),
     )
-    dp_lm_head = bool(spec.extra.get("enable_dp_lm_head"))
-    held = [params(model, spec.dims, rank, dp_lm_head) for rank in range(spec.dims.tp)]
+    held = [params(model, spec.dims, rank) for rank in range(spec.dims.tp)]
     ranks = [
         spot.spawn(
             SGLangRank, rank, f"{spot.name} rank {rank}", spec, held[rank], cfg.sync.timeout_s

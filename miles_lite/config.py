@@ -207,10 +207,16 @@ class EngineConfig:
     ep: int = 1  # experts are spread over this many ranks of the engine
     max_running: int = 64  # requests at once in one DP group: sizes the caches
     prefill_tokens: int = 8192  # prompt tokens of one prefill batch
-    sglang: dict[str, Any] = field(default_factory=dict)  # further ServerArgs fields
-    python: str = ""  # interpreter that has sglang; "" is the one that runs this
+    sglang: dict[str, Any] = field(default_factory=dict)  # further ServerArgs fields of SGLang
+    python: str = ""  # interpreter that has sglang; "": the one of the run
 
     def __post_init__(self) -> None:
+        for name in ("sglang", "python"):
+            if getattr(self, name) and self.backend != "sglang":
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} with backend = {self.backend}: it would not "
+                    "be used; set backend = sglang, or leave it out"
+                )
         _positive(self, "num_engines", "tp", "dp", "ep", "max_running", "prefill_tokens")
         for name in ("dp", "ep"):
             if self.tp % getattr(self, name):

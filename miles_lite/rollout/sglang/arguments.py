@@ -33,10 +33,15 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     actions = {action.dest: action for action in parser._actions if action.option_strings}
+    spelled = {
+        flag.lstrip("-").replace("-", "_"): name
+        for name, action in actions.items()
+        for flag in action.option_strings
+    }
     words: list[str] = []
     for name, value in options.items():
         if name not in actions or name in ("help", "config"):
-            raise ValueError(_unknown(name, list(actions)))
+            raise ValueError(_unknown(name, spelled))
         if value is not None:
             words += _words(actions[name], value)
     return words
@@ -62,6 +67,8 @@ def _checked_bool(action: argparse.Action, value: Any, true: str, false: str) ->
     return true if value else false
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"SGLang has no option {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+def _unknown(name: str, spelled: Mapping[str, str]) -> str:
+    """`spelled`: option by every spelling of it on a command line."""
+    close = difflib.get_close_matches(name, spelled, n=1)
+    meant = f"; did you mean {spelled[close[0]]}?" if close else ""
+    return f"SGLang has no option {name!r}{meant}"

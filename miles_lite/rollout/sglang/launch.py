@@ -15,65 +15,82 @@ from miles_lite.rollout.sglang.options import EngineSpec, options
 
 PROJECT = Path(__file__).resolve().parents[3]
 
+# Meant for this interpreter and its torch. expandable_segments, which a trainer may have set, leave
+# the allocator that releases an engine's memory without anything to release.
+_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
     """Where one node of an engine runs."""
 
+    port: int  # of its HTTP server, which only node 0 has
+    host: str = "127.0.0.1"
     node_rank: int = 0
-    host: str = "127.0.0.1"  # of its HTTP server, which only node 0 has
-    port: int
-    rendezvous: str = ""  # "host:port" of node 0, where the nodes of an engine meet
+    rendezvous: str = ""  # host:port of node 0, where the nodes meet; "" for an engine of one node
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; () keeps what is visible
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
+    """A server to be started on this host."""
+
     argv: tuple[str, ...]
-    env: Mapping[str, str]  # on top of the parent's
-    stdin: str  # one line; has the API key
+    env: Mapping[str, str]  # all of it
+    request: str  # what it reads from its standard input: a line with options and the API key
 
     def start(self, output: IO[bytes] | int | None = None) -> subprocess.Popen[bytes]:
-        """The server dies when the returned process's `stdin` is closed, so when this process
-        ends. `output` takes stdout and stderr of the server and its children."""
+        """The server and its children die when `stdin` of the returned process is closed, so also
+        when this process ends, in whatever way. `output` takes their stdout and stderr."""
         process = subprocess.Popen(
             self.argv,
-            env={**os.environ, **self.env},
+            env=self.env,
             stdin=subprocess.PIPE,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=None if output is None else subprocess.STDOUT,
         )
         assert process.stdin is not None
-        process.stdin.write(self.stdin.encode() + b"\n")
+        process.stdin.write(self.request.encode() + b"\n")
         process.stdin.flush()
         return process
 
 
 def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
+    """ConfigError if spec.extra contradicts what the rest of the configuration says."""
     chosen = options(spec) | {
         "host": place.host,
         "port": place.port,
+        "nnodes": spec.num_nodes,
         "node_rank": place.node_rank,
         "dist_init_addr": place.rendezvous or None,
     }
+    env = environment(spec)
+    if place.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
     return Launch(
         argv=(spec.python or sys.executable, "-m", "miles_lite.rollout.sglang.server"),
-        env=environment(spec),
-        stdin=json.dumps({"options": chosen, "api_key": api_key}),
+        env=env,
+        request=json.dumps({"options": chosen, "api_key": api_key}),
     )
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
-    env = {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH")))),
-        "HF_HUB_OFFLINE": "1",
+    """Of every process that imports sglang for this engine."""
+    env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    env |= {
+        "OMP_NUM_THREADS": str(spec.threads),
+        "HF_HUB_OFFLINE": "1",  # everything is in the model's folder
+        # the longest request may end just where the model's config does, and CONTEXT_SLACK beyond
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
     }
+    if (PROJECT / "pyproject.toml").is_file():  # else miles_lite is installed in both interpreters
+        env["PYTHONPATH"] = str(PROJECT)
+    if spec.dtype == "fp32":
+        env["SGLANG_MAMBA_CONV_DTYPE"] = "float32"  # bf16 else, whatever the dtype
     if spec.device == "cpu":
-        cores = os.cpu_count() or 1
-        env |= {
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(r % cores) for r in range(spec.dims.tp)),
-            "OMP_NUM_THREADS": "1",
-        }
-        if spec.dtype == "fp32":
-            env["SGLANG_MAMBA_CONV_DTYPE"] = "float32"
+        env["SGLANG_USE_CPU_ENGINE"] = "1"
+        # which cores each rank may use: SGLang insists on being told once there are more ranks than
+        # NUMA nodes
+        cores = f"0-{(os.cpu_count() or 1) - 1}"
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * spec.dims.tp)
     return env

@@ -1,7 +1,7 @@
 """Which slice of which HF tensor a rank of an SGLang engine hosts, under SGLang's own names.
 
 The same slices as in `rollout.layout`, but for these: SGLang gathers the tokens of all DP groups
-before dense and shared MLPs, and so cuts those over all ranks; the vocabulary is padded; A_log is
+before dense and shared MLPs and the head, and so cuts those over all ranks; the vocabulary is padded; A_log is
 kept as A; D and dt_bias are kept in the model's dtype. A test holds every tensor of every rank to
 what SGLang's own loader makes of the same checkpoint. Read from SGLang 0.5.23.
 """
@@ -47,8 +47,8 @@ _FORMS = {"A_log": Form.decay, "D": Form.rounded, "dt_bias": Form.rounded}
 
 
 @functools.cache  # engines of one run are alike
-def params(model: NemotronH, dims: EngineDims, rank: int, dp_lm_head: bool) -> Sequence[Param]:
-    """Everything a rank hosts. `dp_lm_head`: the head is cut over a DP group, not over all ranks.
+def params(model: NemotronH, dims: EngineDims, rank: int) -> Sequence[Param]:
+    """Everything a rank hosts.
 
     Rows that only pad the vocabulary are part of a parameter's shape and hosted by nobody.
     """
@@ -65,9 +65,7 @@ def params(model: NemotronH, dims: EngineDims, rank: int, dp_lm_head: bool) -> S
         elif name == "embeddings":
             param = _vocab("model.embed_tokens.weight", param, model, dims, rank)
         elif name == "lm_head":
-            param = _vocab(
-                "lm_head.weight", param, model, dims if dp_lm_head else replace(dims, dp=1), rank
-            )
+            param = _vocab("lm_head.weight", param, model, replace(dims, dp=1), rank)
         else:
             param = _as(param, f"model.{name}.weight", Form.stored)
         found.append(param)

@@ -94,11 +94,10 @@ def started(
         prefill_tokens=1024,
         seed=1,
         weight_loaders=(LOADER,),
-        extra={"skip_tokenizer_init": True},
         python=PYTHON,
     )
     engine_spec = EngineSpec(**{**options, **spec})
-    held = [params(model, dims, rank, False) for rank in range(dims.tp)]
+    held = [params(model, dims, rank) for rank in range(dims.tp)]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR")
     try:
         actor = ray.remote(SGLangRank).options(num_cpus=0, max_concurrency=4)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
 def _patch_collectives(module: Any) -> None:
-    """Collectives of unequal parts exist for NCCL only."""
+    """The reduce-scatter into unequal parts exists for NCCL only."""
 
     def reduce_scatterv(
         self: Any, input_: Tensor, output: Tensor | None = None, sizes: list[int] | None = None
@@ -18,25 +16,7 @@ def _patch_collectives(module: Any) -> None:
         # upstream's own way without NCCL, which it takes for reproducible sums only
         return self._deterministic_reduce_scatterv(input_, output, sizes)
 
-    def all_gatherv(
-        self: Any,
-        input_: Tensor | Sequence[Tensor],
-        sizes: Sequence[int] | None = None,
-        output: Tensor | None = None,
-    ) -> Tensor | list[Tensor]:
-        if not isinstance(input_, Tensor):
-            return [all_gatherv(self, part, sizes) for part in input_]  # type: ignore[misc]
-        sizes = sizes or [len(input_)] * self.world_size
-        parts = [input_.new_empty(size, *input_.shape[1:]) for size in sizes]
-        parts[self.rank_in_group] = input_.contiguous()
-        for rank, part in zip(self.ranks, parts, strict=True):
-            if part.numel():
-                torch.distributed.broadcast(part, src=rank, group=self.device_group)
-        gathered = torch.cat(parts)
-        return gathered if output is None else output.copy_(gathered)
-
     module.GroupCoordinator.reduce_scatterv = reduce_scatterv
-    module.GroupCoordinator.all_gatherv = all_gatherv
 
 
 def _patch_attention(module: Any) -> None:

@@ -25,6 +25,8 @@ def install() -> None:
 def _declare_torchvision_operators() -> None:
     """torchvision's wheel links CUDA, so its library does not load and its Python part misses two
     operators on import. SGLang imports torchvision for image models only; nothing calls them."""
+    if torch.version.cuda is not None:
+        return
     for operator in ("nms", "qnms"):
         torch.library.define(
             f"torchvision::{operator}",

@@ -36,7 +36,8 @@ def conv_prefill(
     [slots, C, w-1]. A negative slot is padding."""
     before = weight.shape[1] - 1
     lens = query_start_loc.diff()
-    x = pad_sequence(x_C_T.T.split(lens.tolist()), batch_first=True).transpose(1, 2)  # [U, C, L]
+    x_U_L_C = pad_sequence(list(x_C_T.T.split(lens.tolist())), batch_first=True)
+    x = x_U_L_C.transpose(1, 2)
     slots = cache_indices.long()
     state = x.new_zeros(len(lens), x.shape[1], before)
     if has_initial_state is not None:
@@ -96,7 +97,7 @@ def scan_prefill(
     dt = F.softplus(dt.float() + dt_bias.float())
 
     def padded(t: Tensor) -> Tensor:
-        return pad_sequence(t[0].float().split(lens.tolist()), batch_first=True)
+        return pad_sequence(list(t[0].float().split(lens.tolist())), batch_first=True)
 
     x_U, B_U, C_U = padded(x), padded(B), padded(C)
     dt_U = padded(dt)  # 0 at padding, which leaves the state alone

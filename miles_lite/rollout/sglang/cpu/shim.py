@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from miles_lite.rollout.sglang.cpu import dp_attention, hooks, kernels, mamba, memory, moe, unpadded
+from miles_lite.rollout.sglang.cpu import (
+    dp_attention,
+    hooks,
+    kernels,
+    mamba,
+    memory,
+    moe,
+    sampling,
+    unpadded,
+)
 
 
 def install() -> None:
@@ -22,6 +31,7 @@ def install() -> None:
             **dp_attention.PATCHES,
             **memory.PATCHES,
             **unpadded.PATCHES,
+            **sampling.PATCHES,
             "sglang.srt.models.nemotron_h": _patch_model,
         }
     )
