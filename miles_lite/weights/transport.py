@@ -154,7 +154,8 @@ class Inbox:
         if bucket.handle not in self._maps:
             self._maps[bucket.handle] = open_slot(bucket.handle)
         slot, offset = self._maps[bucket.handle], 0
-        for copy in self._routes[source].buckets[number]:
+        copies = self._routes[source].buckets[number]
+        for copy in copies:
             rows = view(self._tensors, copy.target, copy.stop - copy.start)
             wire = torch.float32 if copy.fp32 else self._dtype
             rows.copy_(slot[offset : offset + copy.num_bytes].view(wire).view(rows.shape))
@@ -164,7 +165,7 @@ class Inbox:
         if offset != bucket.num_bytes:
             raise WeightSyncError(
                 f"{self._name}: bucket {number} from trainer rank {source} has {bucket.num_bytes} "
-                f"bytes, the plan says {offset}"
+                f"bytes, the plan says {offset}: {sorted({c.tensor for c in copies})}"
             )
         self._due[source].remove(number)
 

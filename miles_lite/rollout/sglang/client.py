@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -25,13 +26,25 @@ class Client:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
-        self._session: aiohttp.ClientSession = self._run(self._open()).result()
+        self._session, self._lost = self._run(self._open()).result()
+        self._watch: Future[None] | None = None
 
-    async def _open(self) -> aiohttp.ClientSession:
+    async def _open(self) -> tuple[aiohttp.ClientSession, asyncio.Future[str]]:
         # without limits of its own: deadlines are given with each call
-        return aiohttp.ClientSession(
+        session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
         )
+        return session, self._loop.create_future()
+
+    def watch(self, why_lost: Callable[[], str], every_s: float) -> None:
+        """From now on ask why the server is lost; once that is not "", all calls end with it."""
+
+        async def look() -> None:
+            while not (reason := await asyncio.to_thread(why_lost)):
+                await asyncio.sleep(every_s)
+            self._lost.set_result(reason)
+
+        self._watch = self._run(look())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -57,29 +70,38 @@ class Client:
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, deadline_s: float
     ) -> Any:
+        task = asyncio.ensure_future(self._exchange(method, path, body))
         try:
-            async with asyncio.timeout(deadline_s):
-                async with self._session.request(
-                    method, self._url + path, json=body, headers=self._headers
-                ) as response:
-                    is_json = response.content_type == "application/json"
-                    answer = await (response.json() if is_json else response.text())
-        except TimeoutError:
-            raise EngineError(
-                f"{self._name}: no answer to {path} within {deadline_s:g} s"
-            ) from None
+            await asyncio.wait({task, self._lost}, timeout=deadline_s, return_when=FIRST_COMPLETED)
+            if task.done():
+                status, answer = task.result()
+            elif self._lost.done():
+                raise EngineError(self._lost.result())
+            else:
+                raise EngineError(f"{self._name}: no answer to {path} within {deadline_s:g} s")
         except aiohttp.ClientError as error:
             raise EngineError(
                 f"{self._name}: {path} failed: {error or type(error).__name__}"
             ) from error
+        finally:
+            task.cancel()
         failed = isinstance(answer, dict) and answer.get("success") is False
-        if response.status != 200 or failed:
-            raise EngineError(
-                f"{self._name}: {path} was answered {response.status}: {str(answer)[:1000]}"
-            )
+        if status != 200 or failed:
+            raise EngineError(f"{self._name}: {path} was answered {status}: {str(answer)[:1000]}")
         return answer
 
+    async def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> tuple[int, Any]:
+        async with self._session.request(
+            method, self._url + path, json=body, headers=self._headers
+        ) as response:
+            is_json = response.content_type == "application/json"
+            return response.status, await (response.json() if is_json else response.text())
+
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         self._run(self._session.close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

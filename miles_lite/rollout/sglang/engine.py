@@ -14,7 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
-from miles_lite.cluster.actor import Remote, call_all, gather
+from miles_lite.cluster.actor import Remote, RemoteError, call_all, gather
 from miles_lite.protocols import EngineError, Hosted, Phase
 from miles_lite.rollout.layout import Param
 from miles_lite.rollout.sglang.client import Client
@@ -29,6 +29,7 @@ _HOLDS = {
     Phase.sync: {WEIGHTS},
 }
 POLL_S = 0.5  # between looks at a server that comes up, or at a sync that begins
+WATCH_S = 2.0  # between looks at whether its processes are all there
 LOADER = "miles_lite.rollout.sglang.loader.receive"  # runs in SGLang's processes
 
 
@@ -80,6 +81,8 @@ class SGLangEngine:
             head.call("start_server", place, api_key, log_file, deadline_s=deadline_s)
         self._client = Client(self.name, f"http://{nodes[0]}:{port}", api_key)
         self._await_ready(deadline_s)
+        call_all(self._heads, "server_is_up", deadline_s=self._deadline_s)
+        self._client.watch(self._why_lost, WATCH_S)
         states = self._client.get("/server_info", self._deadline_s)["internal_states"]
         memory = [state["memory_usage"] for state in states]
         per_state = self._spec.dims.tp // len(states)
@@ -103,11 +106,17 @@ class SGLangEngine:
 
     def _check_servers(self) -> None:
         """Raise EngineError with the reason when a server has ended."""
-        for head, reason in zip(
-            self._heads, call_all(self._heads, "ended", deadline_s=self._deadline_s), strict=True
-        ):
-            if reason:
-                raise EngineError(f"{head.name}: {reason}")
+        if reason := self._why_lost():
+            raise EngineError(reason)
+
+    def _why_lost(self) -> str:
+        """ "" while all processes of all servers run."""
+        try:
+            reasons = call_all(self._heads, "ended", deadline_s=self._deadline_s)
+        except RemoteError as error:  # the actor of a host, and its server with it
+            return str(error)
+        told = zip(self._heads, reasons, strict=True)
+        return "; ".join(f"{head.name}: {reason}" for head, reason in told if reason)
 
     def close(self) -> None:
         if self._client is not None:
@@ -140,7 +149,7 @@ class SGLangEngine:
         try:
             answer = await self._http.call("/generate", body, self._deadline_s)
         except EngineError:
-            await asyncio.to_thread(self._check_servers)  # the better explanation, if there is one
+            await asyncio.to_thread(self._check_servers)  # a better explanation, if there is one
             raise
         finally:
             self._requests[dp_rank] -= 1

@@ -1,9 +1,9 @@
 """Which slice of which HF tensor a rank of an SGLang engine hosts, under SGLang's own names.
 
 The same slices as in `rollout.layout`, but for these: SGLang gathers the tokens of all DP groups
-before dense and shared MLPs and the head, and so cuts those over all ranks; the vocabulary is padded; A_log is
-kept as A; D and dt_bias are kept in the model's dtype. A test holds every tensor of every rank to
-what SGLang's own loader makes of the same checkpoint. Read from SGLang 0.5.23.
+before dense and shared MLPs and the head, and so cuts those over all ranks; the vocabulary is
+padded; A_log is kept as A; D and dt_bias are kept in the model's dtype. A test holds every tensor
+of every rank to what SGLang's own loader makes of the same checkpoint. Read from SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Form
 from miles_lite.rollout.layout import Param, check_layout, slices
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 VOCAB_MULTIPLE = 64  # to which SGLang pads the rows of embedding and head before it cuts them
 
 _NAMES = {
@@ -63,11 +64,14 @@ def params(model: NemotronH, dims: EngineDims, rank: int) -> Sequence[Param]:
                 param = over_all[param.name]
             param = _as(param, f"model.{prefix}.{_NAMES[name]}", _FORMS.get(name, Form.stored))
         elif name == "embeddings":
-            param = _vocab("model.embed_tokens.weight", param, model, dims, rank)
+            param = _vocab(EMBEDDING, param, model, dims, rank)
         elif name == "lm_head":
-            param = _vocab("lm_head.weight", param, model, replace(dims, dp=1), rank)
+            param = _vocab(HEAD, param, model, replace(dims, dp=1), rank)
         else:
             param = _as(param, f"model.{name}.weight", Form.stored)
+        assert not param.padded or param.name in (EMBEDDING, HEAD), (
+            f"{param.name} is not filled by its slices"
+        )
         found.append(param)
     return found
 

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from miles_lite import log
 from miles_lite.protocols import Bucket, EngineError
 from miles_lite.rollout.layout import Param
@@ -44,6 +46,7 @@ class SGLangRank:
         self._routes: list[Route] = []
         self._check_names = True
         self._server: subprocess.Popen[bytes] | None = None
+        self._processes: list[psutil.Process] = []  # the server's, once it is up
         self._connection: Connection | None = None
         self._lock = threading.Lock()  # one question at a time
         self._folder = Path(tempfile.mkdtemp(prefix="miles-lite-"))  # of mode 0700
@@ -70,13 +73,26 @@ class SGLangRank:
         with log_file.open("ab") as output:
             self._server = command.start(output)
 
+    def server_is_up(self) -> None:
+        """All processes of the server are there: from now on `ended` misses each of them."""
+        assert self._server is not None, "start_server comes first"
+        self._processes = psutil.Process(self._server.pid).children(recursive=True)
+
     def ended(self) -> str:
-        """Why the server of this host is no more; "" while it runs, or if another actor has it."""
-        if self._server is None or self._server.poll() is None:
+        """Why the server of this host is no more; "" while it runs, or if another actor has it.
+
+        A server notices that one of its ranks died, and then spends a minute on diagnostics."""
+        if self._server is None:
+            return ""
+        gone = [process for process in self._processes if not _runs(process)]
+        if self._server.poll() is not None:
+            what = f"its server ended with code {self._server.returncode}"
+        elif gone:
+            what = f"process {gone[0].pid} of its server died"
+        else:
             return ""
         lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        told = "\n".join(["", *lines])
-        return f"its server ended with code {self._server.returncode}; {self._log_file} ends:{told}"
+        return "\n".join([f"{what}; {self._log_file} ends:", *lines])
 
     def address_text(self) -> str:
         return str(self.address)
@@ -88,7 +104,7 @@ class SGLangRank:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _stop_server(self) -> None:
-        server, self._server = self._server, None
+        server, self._server, self._processes = self._server, None, []
         if server is None:
             return
         if server.stdin is not None:
@@ -170,3 +186,10 @@ class SGLangRank:
         if "error" in answer:
             raise EngineError(answer["error"])
         return answer
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
