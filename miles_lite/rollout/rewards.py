@@ -29,9 +29,10 @@ from miles_lite.rollout.reward_process import Lost, Worker
 from miles_lite.types import Prompt, Verdict
 
 MAX_BATCH = 64  # answers on their way to one worker
-PATIENCE_S = 1.0  # then an answer is set aside; sooner, the more there are already
-MIN_PATIENCE_S = 0.2
-MAX_ASIDE = 32  # answers set aside at once; each has a process of its own, of some 15 to 100 MB
+PATIENCE_S = 1.0  # then an answer is set aside
+# Answers set aside at once, each with a process of its own. With many more of them, on a machine
+# that is busy, new workers import sympy for so long that sound answers run out of time.
+MAX_ASIDE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +218,7 @@ class RewardWorkers:
         if not batch:
             return
         num_done = 0
-        patience = max(MIN_PATIENCE_S, PATIENCE_S / (1 + len(self._aside)))
-        patience = min(patience, self.limits.timeout_s)
+        patience = min(PATIENCE_S, self.limits.timeout_s)
         try:
             worker = self._living_worker(index)
             worker.send([item.wire for item in batch], self.limits.timeout_s)
