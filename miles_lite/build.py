@@ -157,7 +157,7 @@ def _rollout(cfg: Config, sampling: Sampling) -> RolloutSettings:
         samples_per_prompt=cfg.rollout.samples_per_prompt,
         dynamic_sampling=cfg.rollout.dynamic_sampling,
         over_sampling=cfg.rollout.over_sampling,
-        resample=cfg.reward.invalid == "resample",
+        invalid=cfg.reward.invalid,
         timeout_s=cfg.rollout.timeout_s,
     )
 

@@ -56,8 +56,7 @@ class OptimConfig:
     cpu_offload: bool = False  # optimizer state and step on the host
 
     def __post_init__(self) -> None:
-        if self.lr < 0:
-            raise ConfigError(f"lr = {self.lr} is negative")
+        _not_negative(self, "lr")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,9 +137,9 @@ class AlgoConfig:
                 f"eps_clip_c = {self.eps_clip_c} with policy_loss = cispo, whose weight is bounded "
                 "by eps_clip_high already: leave it 0"
             )
-        for name in ("opsm_delta", "overlong_buffer", "overlong_penalty", "aggregation_constant"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} is negative")
+        _not_negative(self, "opsm_delta", "overlong_buffer", "overlong_penalty")
+        _not_negative(self, "aggregation_constant", "ref_update_interval")
+        _not_negative(self, "kl_coef", "kl_loss_coef")  # or the policy is paid for running away
 
     @property
     def needs_reference(self) -> bool:
@@ -282,6 +281,12 @@ class RewardConfig:
     invalid: Literal["wrong", "drop", "resample"] = "drop"  # what becomes of such an answer
     max_dead_steps: int = 5  # steps in a row without any advantage, then the run stops; 0: never
 
+    def __post_init__(self) -> None:
+        _positive(self, "workers", "memory_mb", "max_chars")
+        _not_negative(self, "cache_len", "max_dead_steps")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"timeout_s = {self.timeout_s}: wanted more than 0")
+
     @property
     def functions(self) -> dict[str, RewardFunction]:
         """By the name that prompts use; "" is the run's own."""
@@ -295,6 +300,10 @@ class EvalConfig:
     temperature: float = 0.0
     samples_per_prompt: int = 1
     max_response_tokens: int = 0  # 0: as in training
+
+    def __post_init__(self) -> None:
+        _positive(self, "samples_per_prompt")
+        _not_negative(self, "every", "temperature", "max_response_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -315,9 +324,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "keep")
-        for name in ("every", "minutes", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} = {getattr(self, name)} is negative")
+        _not_negative(self, "every", "minutes", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -389,6 +396,12 @@ def _derive_batch(cfg: Config) -> None:
         object.__setattr__(cfg, section, derived)  # before anyone has seen the object
     elif prompts * samples != batch * updates:
         raise ConfigError(f"{told}: {law} does not hold; leave one of them out to have it derived")
+
+
+def _not_negative(section: Any, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 0:
+            raise ConfigError(f"{name} = {getattr(section, name)} is negative")
 
 
 def _positive(section: Any, *names: str) -> None:

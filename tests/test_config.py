@@ -132,6 +132,11 @@ def test_an_integer_will_do_for_a_float() -> None:
         ("rollout", {"temperature": 0.0}, ["temperature", "0.0"]),
         ("rollout", {"engine": {"tp": 4, "dp": 3}}, ["dp = 3", "tp = 4"]),
         ("parallel", {"ep": 0}, ["parallel", "ep = 0"]),
+        ("algo", {"kl_coef": -0.1}, ["kl_coef = -0.1", "negative"]),
+        ("algo", {"kl_loss_coef": float("nan")}, ["algo.kl_loss_coef", "no number"]),
+        ("reward", {"max_dead_steps": -1}, ["max_dead_steps = -1", "negative"]),
+        ("reward", {"timeout_s": 0.0}, ["timeout_s = 0.0"]),
+        ("eval", {"samples_per_prompt": 0}, ["samples_per_prompt = 0"]),
     ],
 )
 def test_a_wrong_combination_names_both_values(

@@ -7,7 +7,7 @@ first update (off-policyness).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def rollout_drift(trainer: Tensor, rollout: Tensor, lengths: Sequence[int]) -> d
     estimate of KL(rollout || trainer), both as the mean over samples of the mean over their tokens:
     of all samples, however the loss weighs them. Tokens with a non-finite log-prob on either side
     are left out of both and counted in `nonfinite_logprobs`: a mean without its count says nothing.
+    Where nothing is left, or nothing was given, the means are NaN.
     """
     # Where "old log-probs" are borrowed from the engine both names reach the same numbers, and the
     # drift would read as a perfect 0 for ever.
@@ -36,7 +37,7 @@ def rollout_drift(trainer: Tensor, rollout: Tensor, lengths: Sequence[int]) -> d
     kl = kl_estimate(rollout, trainer, "low_var_kl")
 
     def sums(tokens: Tensor) -> Tensor:  # [B]
-        return torch.stack([sample.sum() for sample in tokens.split(list(lengths))])
+        return _by_sample(tokens, lengths, torch.sum)
 
     counts = sums(finite.double())
     largest = diff.masked_fill(~finite, -torch.inf)
@@ -79,13 +80,18 @@ def ess_ratios(log_weights: Tensor, lengths: Sequence[int]) -> Tensor:
     sample without tokens.
     """
     assert sum(lengths) == log_weights.numel()
-    ratios = [
-        _ess(sample - sample.max()) if sample.numel() else sample.new_tensor(torch.nan)
-        for sample in log_weights.double().split(list(lengths))
-    ]
-    return torch.stack(ratios)
+    return _by_sample(log_weights.double(), lengths, _ess)
 
 
 def _ess(log_weights: Tensor) -> Tensor:
-    w = log_weights.exp()
+    if not log_weights.numel():
+        return log_weights.new_tensor(torch.nan)
+    w = (log_weights - log_weights.max()).exp()
     return w.sum().square() / (w.numel() * w.square().sum())
+
+
+def _by_sample(
+    values: Tensor, lengths: Sequence[int], reduce: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[B] `reduce` of each run of `lengths` values [N]; B may be 0, where no sample is trained."""
+    return torch.cat([values[:0], *(reduce(part)[None] for part in values.split(list(lengths)))])

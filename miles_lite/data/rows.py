@@ -63,6 +63,7 @@ def _open(place: str, options: dict[str, str]) -> Rows:
         return _Dataset(place, _from_folder(file, options))
     if not file.is_file():
         raise ValueError(f"no data file {file}")
+    _check_options(place, options, ())
     if file.suffix == ".jsonl":
         return _JsonLines(file)
     if file.suffix == ".parquet":
@@ -115,6 +116,8 @@ class _JsonLines:
             raise ValueError(f"{self.where(index)}: not JSON ({error}): {short(line)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{self.where(index)}: {short(row)} is not a JSON object")
+        if b"\\ud" in line.lower():
+            _refuse_half_characters(row, self.where(index))
         return row
 
     def number(self, index: int) -> int:
@@ -122,6 +125,17 @@ class _JsonLines:
 
     def where(self, index: int) -> str:
         return f"{self._name}:{self._numbers[index] + 1}"
+
+
+def _refuse_half_characters(row: Row, where: str) -> None:
+    """JSON can spell one surrogate of a pair, which no encoding knows, nor any tokenizer."""
+    for key, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: {key} = {short(value)} holds half of a surrogate pair, no character"
+            ) from None
 
 
 class _Parquet:
@@ -185,8 +199,7 @@ class _Dataset:
 
 
 def _from_hub(name: str, options: dict[str, str]) -> Any:
-    if unknown := options.keys() - {"name", "split"}:
-        raise ValueError(f"hf:{name}: no option {unknown.pop()!r}; there are name and split")
+    _check_options(f"hf:{name}", options, ("name", "split"))
     datasets = _datasets(f"hf:{name}")
     try:
         return datasets.load_dataset(name, options.get("name"), split=options.get("split", "train"))
@@ -198,21 +211,28 @@ def _from_hub(name: str, options: dict[str, str]) -> Any:
 
 
 def _from_folder(folder: Path, options: dict[str, str]) -> Any:
-    if unknown := options.keys() - {"split"}:
-        raise ValueError(f"{folder}: no option {unknown.pop()!r}; there is split")
     datasets = _datasets(str(folder))
     try:
         data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} was not saved by `datasets`' save_to_disk: {error}") from error
     if isinstance(data, datasets.Dataset):
+        _check_options(str(folder), options, ())
         return data
+    _check_options(str(folder), options, ("split",))
     split = options.get("split", "")
     if split not in data:
         raise ValueError(
             f"{folder} has the splits {', '.join(data)}: say which, {folder}?split=..."
         )
     return data[split]
+
+
+def _check_options(place: str, options: dict[str, str], known: tuple[str, ...]) -> None:
+    if unknown := options.keys() - set(known):
+        raise ValueError(
+            f"{place}: no option {unknown.pop()!r} here; there is {' and '.join(known) or 'none'}"
+        )
 
 
 def _datasets(name: str) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -84,9 +85,17 @@ class Source:
 
     def prompt(self, index: int) -> Prompt | None:
         """The prompt of a row; None if it is too long. Raises ValueError when too many are."""
-        fields = self._fields(self._rows[index], self._rows.where(index))
+        where = self._rows.where(index)
+        fields = self._fields(self._rows[index], where)
         tokenizer = self._settings.tokenizer
-        text = tokenizer.render(fields.messages, self._settings.template_kwargs, fields.tools)
+        try:
+            text = tokenizer.render(fields.messages, self._settings.template_kwargs, fields.tools)
+        except Exception as error:  # a chat template is a program: it raises what it likes
+            raise ValueError(
+                f"{where}: the chat template makes no prompt of {self._source.prompt_key} = "
+                f"{short(fields.messages)}, tools = {short(fields.tools)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         tokens = tokenizer.encode(text)
         self._num_seen += 1
         if len(tokens) > self._settings.max_prompt_tokens:
@@ -198,7 +207,8 @@ class Source:
     def _label(self, row: Row, where: str) -> str:
         key = self._source.label_key
         value = _value(row, key, where)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not isinstance(value, str) and not (number and math.isfinite(value)):  # NaN: no value
             raise ValueError(f"{where}: {key} = {short(value)} is neither a string nor a number")
         label = str(value)
         if self._source.label_pattern:
@@ -208,7 +218,7 @@ class Source:
                     f"{where}: {key} = {short(value)} does not match label_pattern = "
                     f"{self._source.label_pattern!r}"
                 )
-            label = match.group(1)
+            label = match.group(1) or ""  # None where an optional group took no part
         if not label.strip():
             raise ValueError(f"{where}: {key} = {short(value)} is empty")
         return label

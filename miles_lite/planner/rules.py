@@ -195,6 +195,12 @@ def _check_kl(cfg: Config) -> None:
             f"algo.kl_coef = {algo.kl_coef} and algo.kl_loss_coef = {algo.kl_loss_coef}: the same "
             "KL would count twice, in the reward and in the loss; keep one"
         )
+    if algo.kl_coef and algo.overlong_filter and algo.advantage_estimator in ("grpo", "rloo"):
+        raise ConfigError(
+            f"algo.overlong_filter with algo.kl_coef = {algo.kl_coef} and "
+            f"{algo.advantage_estimator}: a filtered answer is spared its forward passes, so its "
+            "KL is unknown and it could not be part of its group's baseline; take kl_loss_coef"
+        )
     if algo.ref_update_interval and not algo.needs_reference:
         raise ConfigError(
             f"algo.ref_update_interval = {algo.ref_update_interval} without a reference: "

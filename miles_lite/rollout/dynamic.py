@@ -29,25 +29,29 @@ class NothingToKeep(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """`kept` as asked for, what was dropped on the way, and how many prompts were put back."""
+    """`kept` as asked for, what was dropped on the way and why, how many prompts were put back."""
 
     kept: tuple[Group, ...]
     dropped: tuple[Group, ...]
+    reasons: Counter[str]
     num_put_back: int
 
     def metrics(self) -> Metrics:
         """rollout/prompts_per_kept is the cost: prompts drawn in full per prompt trained on."""
-        reasons = Counter(drop_reason(group) for group in self.dropped)
         return {
             "rollout/prompts_per_kept": 1 + len(self.dropped) / len(self.kept),
             "rollout/prompts_put_back": float(self.num_put_back),
-            **{f"rollout/dynamic_filter/drop_{why}": float(n) for why, n in reasons.items()},
+            **{f"rollout/dynamic_filter/drop_{why}": float(n) for why, n in self.reasons.items()},
         }
 
 
-def drop_reason(group: Group) -> str:
-    """Why a group teaches nothing, "" if it does: verdicts all equal, or hardly any."""
-    rewards = [sample.verdict.reward for sample in group.samples if sample.verdict.valid]
+def drop_reason(group: Group, *, invalid_is_wrong: bool = False) -> str:
+    """Why a group teaches nothing, "" if it does: rewards all equal, or hardly any.
+
+    invalid_is_wrong: an answer without a verdict has reward 0, else it has none.
+    """
+    verdicts = [sample.verdict for sample in group.samples]
+    rewards = [verdict.reward for verdict in verdicts if verdict.valid or invalid_is_wrong]
     if len(rewards) < 2:
         return "invalid"
     return "" if statistics.pstdev(rewards) > MIN_STD else f"zero_std_{rewards[0]:.1f}"
@@ -60,6 +64,7 @@ async def fill(
     wanted: int,
     at_once: int,
     filtered: bool,
+    invalid_is_wrong: bool = False,
 ) -> Filled:
     """Draw groups of prompts of `stream` until `wanted` are kept; all of them unless `filtered`.
 
@@ -71,20 +76,25 @@ async def fill(
     tasks: list[asyncio.Future[Group]] = []
     kept: list[Group] = []
     dropped: list[Group] = []
+    reasons: Counter[str] = Counter()
 
-    def is_hopeless(task: asyncio.Future[Group]) -> bool:
-        return task.done() and filtered and drop_reason(task.result()) != ""
+    def reason(task: asyncio.Future[Group]) -> str:
+        if not (filtered and task.done()):
+            return ""
+        return drop_reason(task.result(), invalid_is_wrong=invalid_is_wrong)
 
     try:
         while len(kept) < wanted:
             ahead = tasks[len(kept) + len(dropped) :]
             running = [task for task in ahead if not task.done()]
             missing = wanted - len(kept)
-            hopeful = len(ahead) - sum(map(is_hopeless, ahead))
+            hopeful = sum(not reason(task) for task in ahead)
             if ahead and ahead[0].done():
-                (dropped if is_hopeless(ahead[0]) else kept).append(ahead[0].result())
+                why = reason(ahead[0])
+                (dropped if why else kept).append(ahead[0].result())
+                reasons += Counter([why] if why else [])
             elif hopeful < missing and not running:
-                _give_up(kept, dropped, wanted)
+                _give_up(kept, dropped, reasons, wanted)
                 more = stream.take(max(missing, at_once) - hopeful)
                 tasks += [asyncio.ensure_future(draw(prompt)) for prompt in more]
             else:
@@ -97,21 +107,19 @@ async def fill(
         await asyncio.gather(*tasks, return_exceptions=True)
     surplus = len(tasks) - len(kept) - len(dropped)
     stream.put_back(surplus)
-    return Filled(tuple(kept), tuple(dropped), surplus)
+    return Filled(tuple(kept), tuple(dropped), reasons, surplus)
 
 
-def _give_up(kept: list[Group], dropped: list[Group], wanted: int) -> None:
+def _give_up(kept: list[Group], dropped: list[Group], reasons: Counter[str], wanted: int) -> None:
     if len(dropped) < MAX_SPENT * wanted:
         return
-    reasons = ", ".join(
-        f"{n} x {why}" for why, n in Counter(map(drop_reason, dropped)).most_common()
-    )
+    told = ", ".join(f"{n} x {why}" for why, n in reasons.most_common())
     mean = statistics.fmean(
         [s.verdict.reward for g in dropped for s in g.samples if s.verdict.valid] or [math.nan]
     )
     raise NothingToKeep(
         f"dynamic sampling kept {len(kept)} of {wanted} groups from {len(kept) + len(dropped)} "
-        f"prompts ({reasons}; mean reward {mean:.3f}): the task is too easy, too hard, or its "
+        f"prompts ({told}; mean reward {mean:.3f}): the task is too easy, too hard, or its "
         "reward does not fire. Change the data, draw more samples a prompt, or set "
         "rollout.dynamic_sampling=false"
     )

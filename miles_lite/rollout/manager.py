@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, RolloutResult
@@ -36,7 +36,7 @@ class RolloutSettings:
     samples_per_prompt: int
     dynamic_sampling: bool  # drop groups of equal rewards and draw others
     over_sampling: int  # prompts asked at once for that
-    resample: bool  # draw an answer without a verdict again
+    invalid: Literal["wrong", "drop", "resample"]  # config.RewardConfig.invalid
     timeout_s: float  # of a whole generate
 
 
@@ -81,7 +81,10 @@ class RolloutManager:
         begin = time.perf_counter()
         settings = self._settings
         draw = self._new_draw(
-            settings.sampling, settings.samples_per_prompt, f"v{self.version}", settings.resample
+            settings.sampling,
+            settings.samples_per_prompt,
+            f"v{self.version}",
+            resample=settings.invalid == "resample",
         )
         filled = self._run(
             fill(
@@ -90,13 +93,14 @@ class RolloutManager:
                 wanted=settings.num_prompts,
                 at_once=settings.over_sampling,
                 filtered=settings.dynamic_sampling,
+                invalid_is_wrong=settings.invalid == "wrong",
             ),
             draw,
         )
         metrics = _throughput(filled.kept, time.perf_counter() - begin)
         if settings.dynamic_sampling:
             metrics |= filled.metrics()
-        if settings.resample:
+        if draw.resample:
             metrics["reward/resampled"] = float(draw.num_resampled)
         return RolloutResult(filled.kept, metrics)
 

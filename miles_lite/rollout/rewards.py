@@ -30,7 +30,9 @@ from miles_lite.types import Prompt, Verdict
 
 MAX_BATCH = 64  # answers on their way to one worker
 PATIENCE_S = 1.0  # then an answer is set aside
-MAX_ASIDE = 8  # answers set aside at once; each has a process of its own
+# Answers set aside at once, each with a process of its own. With many more of them, on a machine
+# that is busy, new workers import sympy for so long that sound answers run out of time.
+MAX_ASIDE = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,15 @@ def test_nothing_but_broken_logprobs_has_no_mean() -> None:
     assert all(math.isnan(v) for name, v in metrics.items() if "nonfinite" not in name)
 
 
+def test_no_samples_at_all_have_no_mean_either() -> None:
+    """All that a rank computes may be sequences that only keep it in step with the others."""
+    nothing = rollout_drift(torch.empty(0), torch.empty(0), [])
+    assert all(math.isnan(v) for name, v in finish(nothing).items() if "nonfinite" not in name)
+    whole = rollout_drift(TRAINER, ROLLOUT, LENGTHS)
+    assert finish(merge(whole, nothing)) == finish(whole)
+    assert math.isnan(finish(update_drift(torch.empty(0), torch.empty(0), []))["train/ess_ratio"])
+
+
 def test_a_tensor_is_not_compared_with_itself() -> None:
     for other in (TRAINER, TRAINER.detach(), TRAINER.view(2, 2).view(4)):
         with pytest.raises(AssertionError, match="to itself"):

@@ -120,12 +120,15 @@ def test_where_survives_a_slice(tmp_path: Path) -> None:
         ("folder", r"folder was not saved by `datasets`' save_to_disk"),
         ("splits", r"splits has the splits test, train: say which, .*splits\?split="),
         ("splits?split=valid", "has the splits test, train"),
-        ("splits?subset=a", "no option 'subset'; there is split"),
-        ("hf:owner/set?config=main", "no option 'config'; there are name and split"),
+        ("splits?subset=a", "no option 'subset' here; there is split"),
+        ("splits/train?split=train", "no option 'split' here; there is none"),
+        ("a.jsonl?split=train", "no option 'split' here; there is none"),
+        ("hf:owner/set?config=main", "no option 'config' here; there is name and split"),
     ],
 )
 def test_what_cannot_be_opened_says_why(tmp_path: Path, name: str, complaint: str) -> None:
     (tmp_path / "a.csv").write_text("prompt,label\n")
+    (tmp_path / "a.jsonl").write_text("{}\n")
     (tmp_path / "junk.parquet").write_bytes(b"no parquet")
     (tmp_path / "folder").mkdir()
     saved_splits(tmp_path)

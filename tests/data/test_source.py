@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def test_a_label_out_of_a_longer_text(tmp_path: Path, settings: RenderSettings) 
     assert prompt.label == "3,000"
     with pytest.raises(ValueError, match=r"a\.jsonl:1: label = .* does not match label_pattern = "):
         load(path, settings, label_pattern="Answer: (.+)")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: label = .* is empty"):
+        load(path, settings, label_pattern=r"####(\.\d+)?")
     for wrong, complaint in (("#### .+", "has no group"), ("#### (.+", r"missing \), unterm")):
         with pytest.raises(ConfigError, match=f"label_pattern = .*{complaint}"):
             SourceConfig(path=path, label_pattern=wrong)
@@ -105,7 +108,11 @@ def test_a_label_out_of_a_longer_text(tmp_path: Path, settings: RenderSettings) 
         (row(label=None), r"label = None is neither a string nor a number"),
         (row(label=["3"]), r"label = \['3'\] is neither"),
         (row(label=True), r"label = True is neither"),
+        (row(label=math.nan), r"label = nan is neither"),
+        (row(label=-math.inf), r"label = -inf is neither"),
         (row(label=" "), r"label = ' ' is empty"),
+        (row(label="\ud83d"), r"label = '\\ud83d' holds half of a surrogate pair"),
+        (row("\ud83d"), r"prompt = .* holds half of a surrogate pair"),
         (row(""), r"prompt = .* is empty"),
         ({"prompt": "", "label": "3"}, r"prompt = .* is empty"),
         ({"prompt": [], "label": "3"}, r"prompt = \[\] is neither a string nor a list of chat"),
@@ -116,6 +123,7 @@ def test_a_label_out_of_a_longer_text(tmp_path: Path, settings: RenderSettings) 
         (row(metadata={"rm_type": "math"}), r"metadata.rm_type = 'math' is none of reward.others"),
         (row(metadata={"reward": ["exact"]}), r"metadata.reward = \['exact'\] is none of"),
         (row(tools={"name": "f"}), r"tools = .* is not a list"),
+        (row(tools=["add"]), r"the chat template makes no prompt of prompt = .*tools = \['add'\]"),
     ],
 )
 def test_bad_rows_are_named_before_the_run(

@@ -72,6 +72,7 @@ def test_layouts_that_work_pass(overrides: list[str]) -> None:
             ["algo.kl_coef=0.1", "algo.kl_loss_coef=0.2"],
             r"kl_coef = 0\.1 and algo\.kl_loss_coef = 0\.2",
         ),
+        (["algo=rloo", "algo.overlong_filter=true"], r"overlong_filter with algo\.kl_coef = 0\.03"),
         (["algo.ref_update_interval=3"], r"ref_update_interval = 3 without a reference"),
         (["algo.use_unbiased_kl=true"], r"kl_loss_coef = 0"),
         (

@@ -162,3 +162,8 @@ def test_a_failing_draw_fails_the_step_at_once(filtered: bool) -> None:
 )
 def test_what_teaches_nothing(verdicts: tuple[float | str, ...], reason: str) -> None:
     assert drop_reason(group(*verdicts)) == reason
+
+
+def test_what_counts_as_wrong_is_a_reward_of_zero() -> None:
+    assert drop_reason(group(1.0, "timeout", 1.0), invalid_is_wrong=True) == ""
+    assert drop_reason(group("crash", 0.0, "timeout"), invalid_is_wrong=True) == "zero_std_0.0"

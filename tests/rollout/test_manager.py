@@ -110,6 +110,7 @@ class Stream:
 
     def take(self, n: int) -> list[Prompt]:
         self.position += n
+        assert self.position <= len(self.prompts), "all are dealt"
         return self.prompts[self.position - n : self.position]
 
     def put_back(self, n: int) -> None:
@@ -122,7 +123,7 @@ SETTINGS = RolloutSettings(
     samples_per_prompt=4,
     dynamic_sampling=False,
     over_sampling=0,
-    resample=False,
+    invalid="drop",
     timeout_s=30,
 )
 
@@ -175,7 +176,7 @@ def test_a_prompt_dealt_twice_in_a_step_draws_other_samples(
 
 def test_answers_without_a_verdict_are_drawn_again(draw: Draw) -> None:
     plain = draw([SeededEngine("a")], "often")
-    again = draw([SeededEngine("a")], "often", resample=True)
+    again = draw([SeededEngine("a")], "often", invalid="resample")
     missing = [not sample.verdict.valid for sample in all_samples(plain)]
     assert 4 < sum(missing) < 20
     for before, after in zip(all_samples(plain), all_samples(again), strict=True):
@@ -184,9 +185,16 @@ def test_answers_without_a_verdict_are_drawn_again(draw: Draw) -> None:
     assert again.metrics["reward/resampled"] >= sum(missing)
 
 
+def test_answers_that_count_as_wrong_make_a_group_worth_keeping(draw: Draw) -> None:
+    """All verdicts that "often" reaches are equal: only the missing ones make a difference."""
+    kept = draw([SeededEngine("a")], "often", dynamic_sampling=True, invalid="wrong", num_prompts=2)
+    for group in kept.groups:
+        assert {s.verdict.valid for s in group.samples} == {True, False}
+
+
 def test_drawing_again_ends(draw: Draw) -> None:
     engine = SeededEngine("a")
-    result = draw([engine], "never", resample=True)
+    result = draw([engine], "never", invalid="resample")
     assert engine.num_served == 24 * (1 + MAX_RESAMPLES)
     assert {sample.verdict.reason for sample in all_samples(result)} == {"error: RuntimeError"}
 

@@ -67,17 +67,20 @@ def sequences(num: int, vocab: int = 128) -> list[TrainSequence]:
 
 
 def batch_for(dp: int, aggregation: Aggregation = "sample", max_tokens: int = 100) -> Batch:
-    return pack(
-        sequences(16),
-        PackSettings(
-            dp=dp,
-            global_batch=8,  # two updates: the second one is off-policy
-            max_tokens=max_tokens,
-            aggregation=aggregation,
-            aggregation_constant=20.0,
-            train_zero_advantage=True,
-            cost=lambda num_tokens: num_tokens,
-        ),
+    return pack(sequences(16), settings_for(dp, aggregation, max_tokens))
+
+
+def settings_for(
+    dp: int, aggregation: Aggregation = "sample", max_tokens: int = 100
+) -> PackSettings:
+    return PackSettings(
+        dp=dp,
+        global_batch=8,  # two updates: the second one is off-policy
+        max_tokens=max_tokens,
+        aggregation=aggregation,
+        aggregation_constant=20.0,
+        train_zero_advantage=True,
+        cost=lambda num_tokens: num_tokens,
     )
 
 
@@ -234,6 +237,22 @@ def test_packing_and_lr_zero(tiny: Tiny, single: Any) -> None:
     loaded = _hf_weights(tiny.folder)
     for name, tensor in none[1].items():
         assert torch.equal(tensor, loaded[name]), name
+
+
+def test_an_update_without_any_verdict(tiny: Tiny) -> None:
+    """As when a reward service is down: it trains on nothing, and the other update still trains."""
+    made = [replace(s, counts=s.sample >= 8) for s in sequences(16)]
+    ((trained, weights),) = run([(spec_of(tiny.folder, ONE), [pack(made, settings_for(1))])])
+    diffs = [
+        statistics.fmean(
+            abs(a - b) for a, b in zip(trained.logprobs[s.sample], s.logprobs, strict=True)
+        )
+        for s in made[8:]
+    ]
+    drift = trained.metrics["train/train_rollout_logprob_abs_diff"]
+    assert drift == pytest.approx(statistics.fmean(diffs), rel=1e-4)
+    loaded = _hf_weights(tiny.folder)
+    assert any(not torch.equal(tensor, loaded[name]) for name, tensor in weights.items())
 
 
 def test_memory_of_phases(single: Any) -> None:
