@@ -280,7 +280,7 @@ def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
 
 
 def _check_sglang_options(cfg: Config) -> None:
-    """Refuse rollout.engine.sglang where it contradicts the rest, or where SGLang itself refuses."""
+    """Refuse rollout.engine.sglang where it contradicts the rest, or where SGLang refuses it."""
     from miles_lite.rollout.sglang.check import check_config
 
     check_config(cfg, _device(cfg))

@@ -28,7 +28,7 @@ _INSTALL = (
 
 
 def check_config(cfg: Config, device: str) -> Mapping[str, Any]:
-    """The engine options of a whole configuration; its model need not be there but for its config."""
+    """What the engine options of a configuration resolve to. Of the model the config is read."""
     with tempfile.TemporaryDirectory() as folder:
         view = engine_folder(cfg.model.path, Path(folder) / "model")
         return check(EngineSpec.of(cfg, view, device), cfg.cluster.start_timeout_s)
