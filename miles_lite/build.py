@@ -77,6 +77,8 @@ def read(cfg: Config) -> Inputs:
     rules.check(cfg, model)
     if cfg.train.megatron:
         _check_megatron_fields(cfg, model)
+    if cfg.rollout.engine.backend == "sglang":
+        _check_sglang_options(cfg)
     if not model.eos_token_ids:
         raise ConfigError(f"{cfg.model.path}: no eos_token_id, so answers would never stop")
     tokenizer = ChatTokenizer.load(cfg.model.path)
@@ -304,6 +306,13 @@ def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
 
     cpu_compat.install()
     transformer_config(model, cfg.parallel.dims, DTYPES[cfg.model.dtype], cfg.train.megatron)
+
+
+def _check_sglang_options(cfg: Config) -> None:
+    """Refuse rollout.engine.sglang where it contradicts the rest, or where SGLang refuses it."""
+    from miles_lite.rollout.sglang.check import check_config
+
+    check_config(cfg, _device(cfg))
 
 
 def audit_reward(cfg: Config, inputs: Inputs) -> list[Section]:

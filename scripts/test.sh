@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: style, types, shell scripts, then the quick tests, then the slow ones.
+# All checks: style, types, shell scripts, then the quick tests, the slow ones, those of SGLang.
 #   scripts/test.sh                           stops at the first step that fails
 #   scripts/test.sh tests/test_run.py -k ...  only pytest, with these arguments
 set -euo pipefail
@@ -43,7 +43,9 @@ if command -v shellcheck >/dev/null; then
     say "shellcheck"
     shellcheck scripts/*.sh .ci/run
 fi
-lane "not slow"
-lane "slow"
+lane "not slow and not sglang"
+lane "slow and not sglang"
+bash scripts/setup-sglang-cpu.sh # a minute or two; an environment of its own
+lane "sglang"
 say "all passed"
 echo -n "$closing"

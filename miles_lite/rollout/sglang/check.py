@@ -7,11 +7,14 @@ import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from miles_lite.config import ConfigError
+from miles_lite.config import Config, ConfigError
 from miles_lite.rollout.sglang.launch import environment
+from miles_lite.rollout.sglang.model_folder import engine_folder
 from miles_lite.rollout.sglang.options import EngineSpec, options
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,13 @@ _INSTALL = (
     f".venv-sglang/bin/python; for GPUs `pip install sglang=={TESTED}` into an environment of its "
     "own and name its python"
 )
+
+
+def check_config(cfg: Config, device: str) -> Mapping[str, Any]:
+    """What the engine options of a configuration resolve to. Of the model the config is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        view = engine_folder(cfg.model.path, Path(folder) / "model")
+        return check(EngineSpec.of(cfg, view, device), cfg.cluster.start_timeout_s)
 
 
 def check(spec: EngineSpec, deadline_s: float) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ class EngineSpec:
     folder: Path  # of the model, as model_folder.engine_folder makes it
     dims: EngineDims
     dtype: Literal["fp32", "bf16"]
-    device: Literal["cpu", "cuda"]
+    device: str  # "cpu" or "cuda"
     max_seq_len: int  # tokens of prompt and answer together
     max_running: int  # requests at once in one DP group
     prefill_tokens: int  # prompt tokens of one prefill batch of one DP group
@@ -40,7 +40,7 @@ class EngineSpec:
     extra: Mapping[str, Any] = field(default_factory=dict)  # rollout.engine.sglang
 
     @classmethod
-    def of(cls, cfg: Config, folder: Path, device: Literal["cpu", "cuda"]) -> EngineSpec:
+    def of(cls, cfg: Config, folder: Path, device: str) -> EngineSpec:
         """What the configuration says; `replace` adds what it does not."""
         engine = cfg.rollout.engine
         return cls(
@@ -126,7 +126,6 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
         "moe_dp_size": 1,
         "dwdp_size": 1,
         "moe_dense_tp_size": None,
-        "enable_dp_lm_head": False,
         "enable_shared_experts_attn_tp": False,
         "enable_dense_mlp_attn_tp": False,
         "enable_eplb": False,
@@ -213,7 +212,10 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     every weight update flushes it), its strategy for Mamba states, CUDA graphs, overlap scheduling,
     the attention and expert kernels.
     """
-    chosen: dict[str, Any] = {"log_level_http": "warning"}  # else a line for every request
+    chosen: dict[str, Any] = {
+        "log_level_http": "warning",  # else a line for every request
+        "skip_tokenizer_init": True,  # tokens in, tokens out
+    }
     if spec.device == "cuda":
         # SGLang leaves a tenth of an H200 to activations and graphs, as if it were alone there; a
         # trainer that released everything still has its CUDA context and NCCL's buffers.

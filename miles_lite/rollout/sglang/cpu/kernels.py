@@ -42,7 +42,7 @@ def _mock_triton() -> None:
         return
     package = importlib.util.find_spec("sglang")
     if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("sglang is not installed", name="sglang")
+        raise ModuleNotFoundError("No module named 'sglang'", name="sglang")
     path = f"{package.submodule_search_locations[0]}/_platform_stubs.py"
     # by its path: importing it from sglang would import sglang, which needs triton
     spec = importlib.util.spec_from_file_location("sglang_platform_stubs", path)
