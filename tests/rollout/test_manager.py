@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from miles_lite.algo.routing import RouterSizes
 from miles_lite.compose import compose
 from miles_lite.config import RewardFunction
 from miles_lite.data.tokenizer import ChatTokenizer
@@ -117,6 +118,7 @@ class Stream:
 
 
 SETTINGS = RolloutSettings(
+    routers=RouterSizes(num_layers=2, top_k=3, num_experts=8),
     sampling=SAMPLING,
     num_prompts=6,
     samples_per_prompt=4,
