@@ -38,7 +38,7 @@ def rollout_drift(trainer: Tensor, rollout: Tensor, lengths: Sequence[int]) -> d
     kl = kl_estimate(rollout, trainer, "low_var_kl")
 
     def sums(tokens: Tensor) -> Tensor:  # [B]
-        return torch.stack([sample.sum() for sample in tokens.split(list(lengths))])
+        return _stack(tokens, [sample.sum() for sample in tokens.split(list(lengths))])
 
     counts = sums(finite.double())
     largest = diff.masked_fill(~finite, -torch.inf)
@@ -85,7 +85,12 @@ def ess_ratios(log_weights: Tensor, lengths: Sequence[int]) -> Tensor:
         _ess(sample - sample.max()) if sample.numel() else sample.new_tensor(torch.nan)
         for sample in log_weights.double().split(list(lengths))
     ]
-    return torch.stack(ratios)
+    return _stack(log_weights, ratios)
+
+
+def _stack(like: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Also of nothing: a micro-batch may hold only what keeps the ranks in step."""
+    return torch.stack(list(values)) if values else like.new_zeros(0)
 
 
 def _ess(log_weights: Tensor) -> Tensor:

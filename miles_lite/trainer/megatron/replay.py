@@ -36,7 +36,7 @@ class Replay(RouterReplay):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.counts = False
+        self.counted: Tensor | None = None  # [T] tokens at which flips are counted
         self.flips = torch.zeros(2, dtype=torch.long, device=device)  # differing, compared
 
     def get_replay_topk(
@@ -60,9 +60,10 @@ class Replay(RouterReplay):
         target = target.long()
         known = target[:, :1] >= 0
         chosen = torch.where(known, target, own[1])
-        if self.counts:
+        if self.counted is not None:
             differ = (chosen.sort(-1).values != own[1].sort(-1).values).any(-1)
-            self.flips += torch.stack([differ.sum(), known.sum()])
+            compared = self.counted & known[:, 0]
+            self.flips += torch.stack([(differ & compared).sum(), compared.sum()])
         return scores.gather(1, chosen), chosen
 
 
@@ -92,13 +93,14 @@ class RoutingReplay:
 
         Pipelines have several micro-batches on their way, so targets are set at each forward pass;
         a recomputation takes them in the order of the forward passes, which is that of backward.
-        A pass without training counts flips.
+        A pass without training counts flips, in sequences that are trained on.
         """
         if self._replays:
             targets = self._targets(micro_batch, num_tokens, thorough=not train)
+            counted = None if train else self._trained(micro_batch, num_tokens)
             for replay, target in zip(self._replays, targets.unbind(1), strict=True):
                 replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-                replay.counts = not train
+                replay.counted = counted
                 replay.set_target_indices(target)
                 if not (train and self._recomputes):
                     replay.replay_backward_list.clear()
@@ -136,11 +138,22 @@ class RoutingReplay:
         for sequence in micro_batch.sequences:
             self._check(sequence, thorough)
         packed = end_to_end(micro_batch.sequences, num_tokens, self._layers, self._sizes.top_k)
+        return self._own_tokens(torch.from_numpy(packed))
+
+    def _trained(self, micro_batch: MicroBatch, num_tokens: int) -> Tensor:
+        """[T] of the tokens of this rank; the rest of the micro-batch keeps ranks in step."""
+        trained = torch.zeros(num_tokens, dtype=torch.bool)
+        lens = torch.tensor([len(sequence.tokens) for sequence in micro_batch.sequences])
+        weighs = torch.tensor([weight > 0 for weight in micro_batch.token_weights])
+        trained[: micro_batch.num_tokens] = weighs.repeat_interleave(lens)
+        return self._own_tokens(trained)
+
+    def _own_tokens(self, packed: Tensor) -> Tensor:
+        """Of all tokens those that this rank's routers see: a share, with tensor parallelism."""
         if self._config.sequence_parallel:
-            share = num_tokens // groups.get_tensor_model_parallel_world_size()
-            start = groups.get_tensor_model_parallel_rank() * share
-            packed = packed[start : start + share]
-        return torch.from_numpy(packed).to(self._device)
+            share = len(packed) // groups.get_tensor_model_parallel_world_size()
+            packed = packed.narrow(0, groups.get_tensor_model_parallel_rank() * share, share)
+        return packed.to(self._device)
 
     def _check(self, sequence: TrainSequence, thorough: bool) -> None:
         fault = self._sizes.shape_fault(sequence.routing, len(sequence.tokens))
