@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -60,7 +60,8 @@ class Routing:
     Bytes and not numbers: megabytes a sample, which cross processes without being copied.
     """
 
-    experts: bytes | memoryview  # [T, E layers, top k], unsigned integers of `item_bytes`
+    # [T, E layers, top k], unsigned integers of `item_bytes`
+    experts: bytes | memoryview = field(repr=False)
     shape: tuple[int, int, int]  # (0, 0, 0): nothing is known
     item_bytes: int
 
