@@ -124,7 +124,12 @@ def test_where_engine_and_trainer_agree_replay_changes_nothing(
         replayed[0].metrics[f"{DRIFT}_no_replay"], abs=1e-6
     )
     names = set(replayed[0].metrics) - set(off[0].metrics)
-    assert names == {"train/routing_flip_rate", f"{DRIFT}_replayed", f"{DRIFT}_no_replay"}
+    assert names == {
+        "train/routing_flip_rate",
+        f"{DRIFT}_replayed",
+        f"{DRIFT}_no_replay",
+        "perf/no_replay_time",
+    }
     assert replayed[0].metrics["train/grad_norm"] > 0
     assert_same_step(replayed, off)
     assert_same_step(ignored, off)  # off is off

@@ -73,6 +73,8 @@ class Step:
         begin_reference = time.perf_counter()
         reference = self._reference_logprobs(share)
         times = {"perf/log_probs_time": Max(after_old - begin)}
+        if self._replay.active:
+            times["perf/no_replay_time"] = Max(begin_reference - after_old)
         if self._reference:
             times["perf/ref_log_probs_time"] = Max(time.perf_counter() - begin_reference)
         known, report = self._know(share, old, reference)
