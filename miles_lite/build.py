@@ -13,6 +13,7 @@ from typing import Protocol
 
 from miles_lite.algo.credit import CreditSettings
 from miles_lite.algo.packing import PackSettings
+from miles_lite.algo.routing import RouterSizes
 from miles_lite.cluster import session
 from miles_lite.cluster.actor import Remote, spawn
 from miles_lite.cluster.placement import Bundle
@@ -75,7 +76,7 @@ def read(cfg: Config) -> Inputs:
     """The same, without asking the reward whether it can be won."""
     model = NemotronH.from_folder(cfg.model.path)
     rules.check(cfg, model)
-    if cfg.train.megatron:
+    if cfg.train.megatron or cfg.algo.routing_replay:
         _check_megatron_fields(cfg, model)
     if cfg.rollout.engine.backend == "sglang":
         _check_sglang_options(cfg)
@@ -98,6 +99,7 @@ def read(cfg: Config) -> Inputs:
         top_p=cfg.rollout.top_p,
         top_k=cfg.rollout.top_k,
         stop_token_ids=model.eos_token_ids,
+        wants_routing=cfg.algo.routing_replay,
     )
     sources = [open_source(name, source, render) for name, source in cfg.data.train.items()]
     held_out = {
@@ -140,7 +142,7 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
             hosts = [bundle.host for bundle in bundles[index * size : (index + 1) * size]]
             engine.connect(hosts, cfg.cluster.start_timeout_s)
         rewards = stack.enter_context(reward_workers(cfg, cfg.reward.workers))
-        rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs.sampling))
+        rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs))
         weights = [source.weight for source in cfg.data.train.values()]
         yield Parts(
             trainer=trainer,
@@ -152,9 +154,10 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
         )
 
 
-def _rollout(cfg: Config, sampling: Sampling) -> RolloutSettings:
+def _rollout(cfg: Config, inputs: Inputs) -> RolloutSettings:
     return RolloutSettings(
-        sampling=sampling,
+        sampling=inputs.sampling,
+        routers=RouterSizes.of(inputs.model),
         num_prompts=cfg.rollout.num_prompts,
         samples_per_prompt=cfg.rollout.samples_per_prompt,
         dynamic_sampling=cfg.rollout.dynamic_sampling,
@@ -305,7 +308,13 @@ def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
     from miles_lite.trainer.megatron.worker import DTYPES
 
     cpu_compat.install()
-    transformer_config(model, cfg.parallel.dims, DTYPES[cfg.model.dtype], cfg.train.megatron)
+    transformer_config(
+        model,
+        cfg.parallel.dims,
+        DTYPES[cfg.model.dtype],
+        cfg.train.megatron,
+        cfg.algo.routing_replay,
+    )
 
 
 def _check_sglang_options(cfg: Config) -> None:
@@ -345,6 +354,7 @@ def _eval_sets(cfg: Config, inputs: Inputs) -> list[EvalSet]:
         top_p=1.0,
         top_k=0,
         max_new_tokens=cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens,
+        wants_routing=False,
     )
     return [
         EvalSet(name, prompts, sampling, cfg.eval.samples_per_prompt)

@@ -122,6 +122,7 @@ class AlgoConfig:
     overlong_filter: bool = False  # answers cut at the length limit carry no loss
     train_zero_advantage: bool = True  # False spares them both passes; gradients stay the same
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    routing_replay: bool = False  # the trainer's tokens go to the experts the engine chose (R3)
 
     def __post_init__(self) -> None:
         below = self.eps_clip < 1 or self.policy_loss == "cispo"  # CISPO may leave it open

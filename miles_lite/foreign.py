@@ -71,6 +71,7 @@ KEYS = {
     # train/rollout correction
     "use_rollout_logprobs": "algo.old_logprobs=rollout",
     "bypass_mode": "algo.old_logprobs=rollout",
+    "use_rollout_routing_replay": "algo.routing_replay",
     "use_tis": "algo.correction.weight=token",
     "tis_clip": "algo.correction.high",
     "tis_clip_low": "algo.correction.low",

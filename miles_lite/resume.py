@@ -14,7 +14,7 @@ from miles_lite.checkpoints import Checkpoint, CheckpointError
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run
-from miles_lite.types import Batch, TrainSequence
+from miles_lite.types import NO_ROUTING, Batch, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +29,19 @@ def save(
 ) -> None:
     """Begin the checkpoint after `step` steps, and complete it unless that may wait."""
     parts.trainer.save(run.checkpoints.begin(step), run.saves_meanwhile)
-    probe = batch.sequences[: PROBES * parts.trainer.dp]
+    # the trainer's own routing is as good for comparing it with itself, and nothing to keep
+    probe = [
+        dataclasses.replace(sequence, routing=NO_ROUTING)
+        for sequence in batch.sequences[: PROBES * parts.trainer.dp]
+    ]
     state = {
         "config": run.config,
         "layout": dict(parts.trainer.layout),
         "prompts": parts.prompts.state(),
         "num_dead": watch.num_dead,
         "metrics_bytes": run.metrics_bytes,
-        "drift": metrics[DRIFT],
-        "probe": [dataclasses.asdict(sequence) for sequence in probe],
+        "drift": max(metrics[DRIFT], metrics.get(f"{DRIFT}_no_replay", 0.0)),
+        "probe": [_plain(sequence) for sequence in probe],
         "scores": _scores(probe, parts.trainer, parts.packing),
     }
     run.saving = step, state
@@ -105,6 +109,10 @@ def _check_scores(found: Checkpoint, parts: Parts) -> None:
             "remove this checkpoint to go on from an older one"
         )
     logger.info("scored %d answers again: %.2g nats a token apart", usable, gap)
+
+
+def _plain(sequence: TrainSequence) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(sequence).items() if k != "routing"}
 
 
 def _sequence(values: Mapping[str, Any]) -> TrainSequence:

@@ -6,8 +6,9 @@ Group -credit-> TrainSequence -pack-> Batch
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -40,6 +41,7 @@ class Sampling:
     top_p: float  # 1 keeps all tokens
     top_k: int  # 0 keeps all tokens
     stop_token_ids: tuple[int, ...]
+    wants_routing: bool = False  # the completion is to say which experts computed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,37 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """The experts an engine chose for each token of a sequence; `algo.routing` makes and reads it.
+
+    Bytes and not numbers: megabytes a sample, which cross processes without being copied.
+    """
+
+    # [T, E layers, top k], unsigned integers of `item_bytes`
+    experts: bytes | memoryview = field(repr=False)
+    shape: tuple[int, int, int]  # (0, 0, 0): nothing is known
+    item_bytes: int
+
+    @property
+    def known(self) -> bool:
+        return self.shape != (0, 0, 0)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        flat = pickle.PickleBuffer(self.experts) if protocol >= 5 else bytes(self.experts)
+        return _routing, (flat, self.shape, self.item_bytes)
+
+
+def _routing(experts: Any, shape: tuple[int, int, int], item_bytes: int) -> Routing:
+    """Ray hands out buffers of its own kind, in memory that all processes of a host share."""
+    if not isinstance(experts, bytes):
+        experts = memoryview(experts).cast("B")
+    return Routing(experts, shape, item_bytes)
+
+
+NO_ROUTING = Routing(b"", (0, 0, 0), 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine answers. The stop token, if any, is the last token."""
 
@@ -59,6 +92,7 @@ class Completion:
     logprobs: tuple[float, ...]  # [T] under the temperature-scaled distribution before top-p/top-k
     version: int  # of the weights that drew every one of these tokens
     finish: Finish
+    routing: Routing = NO_ROUTING  # of prompt and answer but the last token, which was never read
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +138,7 @@ class TrainSequence:
     reward: float  # what the advantage was made of
     advantage: float  # of the sample, before anything that needs the trainer's log-probs
     counts: bool  # False: neither in the loss nor in its denominators (no verdict, over-long)
+    routing: Routing = NO_ROUTING  # for all tokens but the last
 
     @property
     def response_len(self) -> int:

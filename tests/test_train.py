@@ -158,14 +158,41 @@ def test_summary_and_configuration_are_in_the_folder(run: Path) -> None:
     "layout",
     [
         ["parallel.tp=2", "parallel.dp=1", "rollout.engine.dp=1"],
-        ["parallel.tp=2", "parallel.pp=2", "rollout.engine.num_engines=2", "model.dtype=bf16"],
+        [
+            *("parallel.tp=2", "parallel.pp=2", "rollout.engine.num_engines=2"),
+            *("model.dtype=bf16", "algo.routing_replay=true"),
+        ],
     ],
-    ids=["tp2", "tp2-pp2-dp2-two-engines-bf16"],
+    ids=["tp2", "tp2-pp2-dp2-two-engines-bf16-replay"],
 )
 def test_other_layouts_run(tmp_path: Path, layout: list[str]) -> None:
     metrics = read_metrics(train(tmp_path, "train.num_steps=1", "data.eval=''", *layout))[0]
     drift = metrics["train/train_rollout_logprob_abs_diff"]
     assert drift <= (0.1 if "model.dtype=bf16" in layout else 1e-4)
+    if "algo.routing_replay=true" in layout:
+        assert 0 < metrics["train/routing_flip_rate"] < 0.05
+
+
+@pytest.mark.slow
+def test_routing_replay_with_dp_attention_and_from_a_checkpoint(tmp_path: Path, run: Path) -> None:
+    """Latent experts over EP 2 on both sides, DP attention 2; off, there is no trace of it."""
+    words = ["algo.routing_replay=true", "data.eval=''"]
+    train(tmp_path, "train.num_steps=1", *words)
+    folder = train(tmp_path, "train.num_steps=2", *words)
+    steps, off = read_metrics(folder), read_metrics(run)
+    for step in (0, 1):
+        drift = "train/train_rollout_logprob_abs_diff"
+        told = {name for name in steps[step] if name.startswith((drift, "train/routing"))}
+        assert told - set(off[step]) == {
+            "train/routing_flip_rate",
+            f"{drift}_replayed",
+            f"{drift}_no_replay",
+        }
+        assert steps[step]["train/routing_flip_rate"] == 0  # fp32
+        assert steps[step][drift] <= 1e-4 and steps[step][f"{drift}_no_replay"] <= 1e-4
+    first = "samples/step_000000.jsonl.gz"
+    ours, theirs = list(read_samples(folder / first)), list(read_samples(run / first))
+    assert [s.tokens for s in ours] == [s.tokens for s in theirs]
 
 
 @pytest.mark.slow

@@ -144,6 +144,7 @@ def _sequence(
         reward=reward,
         advantage=advantage,
         counts=counts,
+        routing=answer.routing,
     )
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from miles_lite.algo.losses import kl_estimate
 from miles_lite.metrics import Max, Mean, Partial, Sum
 
+ABS_DIFF = "train/train_rollout_logprob_abs_diff"
+
 
 @torch.no_grad()
 def rollout_drift(trainer: Tensor, rollout: Tensor, lengths: Sequence[int]) -> dict[str, Partial]:
@@ -52,8 +54,8 @@ def rollout_drift(trainer: Tensor, rollout: Tensor, lengths: Sequence[int]) -> d
         ]
     ).tolist()
     return {
-        "train/train_rollout_logprob_abs_diff": Mean(total_diff, num_samples),
-        "train/train_rollout_logprob_abs_diff_max": Max(max_diff),
+        ABS_DIFF: Mean(total_diff, num_samples),
+        f"{ABS_DIFF}_max": Max(max_diff),
         "train/train_rollout_kl": Mean(total_kl, num_samples),
         "train/nonfinite_logprobs": Sum(broken),
     }

@@ -22,7 +22,7 @@ def check(cfg: Config, model: NemotronH) -> None:
     _check_engine_layout(cfg, model)
     _check_batch(cfg)
     _check_lengths(cfg)
-    _check_algorithm(cfg)
+    _check_algorithm(cfg, model)
 
 
 def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
@@ -153,7 +153,7 @@ def _check_lengths(cfg: Config) -> None:
 # ------------------------------------------------------------------ algorithms that say nothing
 
 
-def _check_algorithm(cfg: Config) -> None:
+def _check_algorithm(cfg: Config, model: NemotronH) -> None:
     algo, estimator = cfg.algo, cfg.algo.advantage_estimator
     plain = estimator == "reinforce_plus_plus"
     if cfg.rollout.samples_per_prompt == 1 and not plain:
@@ -176,6 +176,11 @@ def _check_algorithm(cfg: Config) -> None:
         _check_spared(cfg)
     _check_kl(cfg)
     _check_old_logprobs(cfg)
+    if algo.routing_replay and "E" not in model.pattern:
+        raise ConfigError(
+            "algo.routing_replay = true, but the model has no experts to choose from: leave it "
+            "false"
+        )
 
 
 def _check_spared(cfg: Config) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from miles_lite.algo.routing import RouterSizes, choices
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, RolloutResult
 from miles_lite.rollout.dynamic import fill
@@ -32,6 +33,7 @@ class RolloutError(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
     sampling: Sampling  # its seed is the run's: each sample's own follows from it
+    routers: RouterSizes  # what the routing of an answer must look like, where it is wanted
     num_prompts: int  # a step
     samples_per_prompt: int
     dynamic_sampling: bool  # drop groups of equal rewards and draw others
@@ -74,6 +76,7 @@ class RolloutManager:
         self._tokenizer = tokenizer
         self._settings = settings
         self._next_uid = 0
+        self._routing_seen: set[str] = set()  # engines whose routing was looked at in full
 
     def generate(self, prompts: PromptStream) -> RolloutResult:
         """See protocols.Rollout. Raises RolloutError after the deadline, naming the engines that
@@ -215,10 +218,12 @@ class RolloutManager:
         self._next_uid += 1
         completion = await engine.generate(Request(self._next_uid, prompt.tokens, sampling))
         draw.unfinished[engine.name] -= 1
-        self._check(engine, prompt, completion)
+        self._check(engine, prompt, completion, sampling.wants_routing)
         return completion
 
-    def _check(self, engine: Engine, prompt: Prompt, completion: Completion) -> None:
+    def _check(
+        self, engine: Engine, prompt: Prompt, completion: Completion, wants_routing: bool
+    ) -> None:
         """A sample of stale weights or of none would be trained on as if it were the policy's."""
         if completion.version != self.version:
             raise RolloutError(
@@ -227,6 +232,21 @@ class RolloutManager:
             )
         if completion.finish is Finish.abort:
             raise RolloutError(f"{engine.name} aborted prompt {prompt.uid}, which nobody asked for")
+        if wants_routing:
+            self._check_routing(engine, prompt, completion)
+
+    def _check_routing(self, engine: Engine, prompt: Prompt, completion: Completion) -> None:
+        """The shape of every one; the choices of an engine's first, as the trainer reads all."""
+        routers, routing = self._settings.routers, completion.routing
+        fault = routers.shape_fault(routing, len(prompt.tokens) + len(completion.tokens))
+        if not fault and engine.name not in self._routing_seen:
+            fault = routers.choice_fault(choices(routing))
+            self._routing_seen.add(engine.name)
+        if fault:
+            raise RolloutError(
+                f"{engine.name} answered prompt {prompt.uid} with a routing that cannot be "
+                f"replayed: {fault}; algo.routing_replay=false does without"
+            )
 
     # ------------------------------------------------------------------ memory
 

@@ -66,7 +66,12 @@ def test_the_kl_is_of_the_engine_to_the_trainer_and_clamped() -> None:
 def test_drift_does_not_depend_on_the_split() -> None:
     parts = [
         rollout_drift(TRAINER[part].clone(), ROLLOUT[part].clone(), lengths)
-        for part, lengths in ((slice(0, 1), [1]), (slice(1, 1), [0]), (slice(1, 4), [3]))
+        for part, lengths in (
+            (slice(0, 1), [1]),
+            (slice(1, 1), [0]),
+            (slice(1, 1), []),  # a micro-batch without any sample that is trained on
+            (slice(1, 4), [3]),
+        )
     ]
     whole = finish(rollout_drift(TRAINER, ROLLOUT, LENGTHS))
     assert finish(merge(*parts)) == pytest.approx(whole)
@@ -121,7 +126,9 @@ def test_update_drift_averages_over_samples_with_a_response() -> None:
     metrics = finish(update_drift(current, old, [2, 0, 3]))
     assert metrics == pytest.approx({"train/ess_ratio": 0.9})
     parts = merge(
-        update_drift(current[:2], old[:2], [2, 0]), update_drift(current[2:], old[2:], [3])
+        update_drift(current[:2], old[:2], [2, 0]),
+        update_drift(current[2:], old[2:], [3]),
+        update_drift(current[:0], old[:0], []),
     )
     assert finish(parts) == pytest.approx({"train/ess_ratio": 0.9})
     current[0] = torch.nan

@@ -29,6 +29,14 @@ def test_layouts_that_work_pass(overrides: list[str]) -> None:
     rules.check(compose(["experiment=tiny", *overrides]), MODEL)
 
 
+def test_without_experts_there_is_no_routing_to_replay() -> None:
+    dense = replace(MODEL, pattern=MODEL.pattern.replace("E", "-"), dense_ffn_size=96)
+    replaying = compose(["experiment=tiny", "algo.routing_replay=true", "parallel.ep=1"])
+    rules.check(replaying, MODEL)
+    with pytest.raises(ConfigError, match=r"routing_replay = true, but the model has no experts"):
+        rules.check(replaying, dense)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from miles_lite.algo.routing import RouterSizes
 from miles_lite.compose import compose
 from miles_lite.config import RewardFunction
 from miles_lite.data.tokenizer import ChatTokenizer
@@ -27,6 +29,7 @@ from miles_lite.types import Completion, Finish, Prompt, Request, Sample, Sampli
 CFG = compose(["experiment=tiny"])
 Draw = Callable[..., RolloutResult]
 SAMPLING = Sampling(7, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(3,))
+ROUTERS = RouterSizes(num_layers=2, top_k=3, num_experts=8)
 
 
 class SeededEngine:
@@ -34,6 +37,8 @@ class SeededEngine:
 
     def __init__(self, name: str, *, version: int = 5, finish: Finish = Finish.stop) -> None:
         self.name, self.version, self.finish = name, version, finish
+        self.experts: tuple[int, ...] = ()  # of every token in every layer with experts
+        self.forgotten = 0  # tokens of the last answers whose routing is missing
         self.stuck = False
         self.num_served = self.num_aborts = 0
 
@@ -43,7 +48,12 @@ class SeededEngine:
             await asyncio.sleep(3600)
         await asyncio.sleep(0.001 * (request.sampling.seed % 5))
         tokens = tuple(4 + request.sampling.seed // 7**i % 7 for i in range(4))
-        return Completion(tokens, (-1.0,) * 4, self.version, self.finish)
+        completion = Completion(tokens, (-1.0,) * 4, self.version, self.finish)
+        if not self.experts:
+            return completion
+        num_tokens = len(request.tokens) + 3 - (self.num_served > 3) * self.forgotten
+        routing = np.broadcast_to(self.experts, (num_tokens, ROUTERS.num_layers, ROUTERS.top_k))
+        return replace(completion, routing=ROUTERS.pack(routing))
 
     async def abort(self) -> None:
         self.num_aborts += 1
@@ -118,6 +128,7 @@ class Stream:
 
 
 SETTINGS = RolloutSettings(
+    routers=ROUTERS,
     sampling=SAMPLING,
     num_prompts=6,
     samples_per_prompt=4,
@@ -215,6 +226,23 @@ def test_a_stale_version_is_refused(draw: Draw) -> None:
 def test_an_abort_nobody_asked_for_is_refused(draw: Draw) -> None:
     with pytest.raises(RolloutError, match="aborted prompt"):
         draw([SeededEngine("a", finish=Finish.abort)])
+
+
+def test_a_routing_that_cannot_be_replayed_is_refused_at_the_first_answer(draw: Draw) -> None:
+    wanted = replace(SAMPLING, wants_routing=True)
+    good, silent, wrong, forgetful = (SeededEngine(name) for name in "abcd")
+    good.experts, wrong.experts, forgetful.experts = (0, 5, 3), (2, 0, 0), (0, 5, 3)
+    forgetful.forgotten = 2
+    assert all(s.completion.routing.known for s in all_samples(draw([good], sampling=wanted)))
+    with pytest.raises(RolloutError, match=r"b answered prompt .*: there is no routing; expected"):
+        draw([good, silent], sampling=wanted)
+    with pytest.raises(
+        RolloutError, match=r"c answered .*: token 0 has experts \[2, 0, 0\] in lay"
+    ):
+        draw([good, wrong], sampling=wanted)
+    with pytest.raises(RolloutError, match=r"d answered .* shape \[\d+, 2, 3\]; expected \[\d+, 2"):
+        draw([good, forgetful], sampling=wanted)
+    draw([silent, wrong, forgetful])  # nobody asks
 
 
 def test_the_deadline_names_the_engine_that_is_late(draw: Draw) -> None:

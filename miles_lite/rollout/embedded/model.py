@@ -85,10 +85,17 @@ class Model:
     def drop(self) -> None:
         self.weights.clear()
 
-    def forward(self, step: Step | None, counts: Sequence[int], cache: Cache) -> Tensor | None:
+    def forward(
+        self,
+        step: Step | None,
+        counts: Sequence[int],
+        cache: Cache,
+        chosen: list[Tensor] | None = None,
+    ) -> Tensor | None:
         """fp32 logits [S, V] of this group's step; None when only other groups have tokens.
 
         counts: tokens of every data-parallel group; all ranks call this together.
+        chosen: takes the experts [T, K] of this group's tokens, layer by layer.
         """
         w, config = self.weights, self.config
         if step is None:
@@ -98,7 +105,7 @@ class Model:
         for layer, kind in enumerate(config.pattern):
             u = rms_norm(x, w[f"layers.{layer}.norm"], config.norm_eps)
             if kind == "E":
-                x = x + self._moe(layer, u, counts)
+                x = x + self._moe(layer, u, counts, chosen)
             elif step is not None:
                 x = x + self.mixers[kind](layer, u, step, cache)
         if step is None:
@@ -185,7 +192,9 @@ class Model:
         w = self._layer(layer)
         return self.comms.attn.sum(F.linear(relu2(F.linear(u, w("up"))), w("down")))
 
-    def _moe(self, layer: int, u: Tensor, counts: Sequence[int]) -> Tensor:
+    def _moe(
+        self, layer: int, u: Tensor, counts: Sequence[int], chosen: list[Tensor] | None
+    ) -> Tensor:
         """Routed experts in latent width for the tokens of all groups, shared expert for our own.
 
         One gather before the experts (only with several groups) and one sum after them, which also
@@ -193,6 +202,8 @@ class Model:
         """
         w, config, comms = self._layer(layer), self.config, self.comms
         choices, weights = route(u, w("gate"), w("correction_bias"), config)
+        if chosen is not None:
+            chosen.append(choices)
         v = F.linear(u, w("latent_in")) if config.latent_size else u
         shared = F.linear(relu2(F.linear(u, w("shared_up"))), w("shared_down"))
         own = slice(0, len(u))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from miles_lite.types import Finish, Request
 
@@ -16,6 +17,7 @@ class Running:
     request: Request
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    routing: bytearray = field(default_factory=bytearray)  # of the tokens read so far, if wanted
     finish: Finish | None = None
 
     @property
@@ -44,6 +46,22 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.prompts)) if self.prompts else len(self.sequences)
+
+    @property
+    def wants_routing(self) -> bool:
+        return any(sequence.request.sampling.wants_routing for sequence in self.sequences)
+
+    def book_routing(self, routing: memoryview) -> None:
+        """Give every sequence that of its tokens of this step; `routing` has equal bytes a token.
+        Samples of a group share the reading of their prompt."""
+        ends = list(accumulate(map(len, self.prompts), initial=0))
+        size = len(routing) // self.num_tokens
+        for index, sequence in enumerate(self.sequences):
+            first, last = index, index + 1
+            if self.prompts:
+                first, last = ends[self.source[index]], ends[self.source[index] + 1]
+            if sequence.request.sampling.wants_routing:
+                sequence.routing += routing[first * size : last * size]
 
 
 class Scheduler:

@@ -22,9 +22,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from miles_lite.algo.routing import RouterSizes
 from miles_lite.parallel import EngineDims
 from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, Store
@@ -32,7 +34,7 @@ from miles_lite.rollout.embedded.model import Model, Step
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.sampler import draw
 from miles_lite.rollout.embedded.scheduler import Plan, Running, Scheduler
-from miles_lite.types import Completion, Request
+from miles_lite.types import NO_ROUTING, Completion, Request, Routing
 
 Done = list[tuple[int, Completion]]  # uid and completion
 
@@ -72,6 +74,7 @@ class Server:
     def __init__(self, model: Model, dims: EngineDims, rank: int, options: EngineOptions):
         self.model, self.dims, self.rank, self.options = model, dims, rank, options
         self.device = torch.device(options.device)
+        self._routers = RouterSizes.of(model.config)
         self.cache: Cache | None = None  # there during Phase.generate
         self.version = -1
         self.scheduler = Scheduler(options.max_running, options.prefill_tokens)
@@ -220,9 +223,15 @@ class Server:
         """Run the model with the other groups and book one token for each sequence of the plan."""
         assert self.cache is not None, "requests outside Phase.generate are refused"
         step = Step.of(plan, self.device) if plan else None
-        logits = self.model.forward(step, counts, self.cache)
+        chosen: list[torch.Tensor] | None = None
+        # all ranks of a group choose the same experts; the one that answers takes note
+        if plan and plan.wants_routing and self.dims.attn_tp_rank(self.rank) == 0:
+            chosen = []
+        logits = self.model.forward(step, counts, self.cache, chosen)
         if plan is None or logits is None:
             return []
+        if chosen:
+            plan.book_routing(self._to_host(chosen))
         sequences = plan.sequences
         drawn = draw(
             logits, [s.request.sampling for s in sequences], [s.position for s in sequences]
@@ -235,6 +244,20 @@ class Server:
         self.cache.move(moves)
         return finished
 
+    def _to_host(self, chosen: Sequence[torch.Tensor]) -> memoryview:
+        """Bytes of [T, L, K], as `Routing` wants them."""
+        packed = torch.uint8 if self._routers.dtype.itemsize == 1 else torch.int16
+        choices: Any = torch.stack(list(chosen), 1).to(packed).cpu().numpy()
+        return memoryview(choices).cast("B")
+
+    def _routing(self, sequence: Running) -> Routing:
+        sizes, size = self._routers, self._routers.dtype.itemsize
+        if not sequence.routing:
+            return NO_ROUTING
+        num_tokens = len(sequence.routing) // (sizes.num_layers * sizes.top_k * size)
+        shape = (num_tokens, sizes.num_layers, sizes.top_k)
+        return Routing(bytes(sequence.routing), shape, size)
+
     def _finish(self, sequences: Sequence[Running]) -> None:
         """Hand out what ended: at once on rank 0, through the next header from other groups."""
         if not sequences or self.dims.attn_tp_rank(self.rank):
@@ -242,12 +265,10 @@ class Server:
         done: Done = []
         for s in sequences:
             assert s.finish is not None
-            done.append(
-                (
-                    s.request.uid,
-                    Completion(tuple(s.tokens), tuple(s.logprobs), self.version, s.finish),
-                )
+            completion = Completion(
+                tuple(s.tokens), tuple(s.logprobs), self.version, s.finish, self._routing(s)
             )
+            done.append((s.request.uid, completion))
         if self.rank == 0:
             self._deliver(done)
         else:

@@ -31,6 +31,7 @@ def transformer_config(
     dims: ParallelDims,
     dtype: torch.dtype,
     overrides: Mapping[str, Any],
+    routing_replay: bool = False,
 ) -> Any:
     """Megatron's TransformerConfig of `model` laid out as `dims`.
 
@@ -42,9 +43,17 @@ def transformer_config(
 
     refuse_lost_expert_gradients(dims, __version__)
     refuse_what_megatron_changes(model, dims)
-    derived = _of_model(model) | _of_layout(dims, dtype)
-    chosen = _defaults(torch.cuda.is_available())
     fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
+    derived = _of_model(model) | _of_layout(dims, dtype)
+    if routing_replay:
+        if "moe_enable_routing_replay" not in fields:
+            raise ValueError(
+                f"algo.routing_replay = true: megatron-core {__version__} has no router replay, "
+                "0.16.1 and newer have; take one of these, or leave it false"
+            )
+        # a fused router would not ask which experts to take
+        derived |= dict(moe_enable_routing_replay=True, moe_router_fusion=False)
+    chosen = _defaults(torch.cuda.is_available())
     for name, value in overrides.items():
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
@@ -55,7 +64,7 @@ def transformer_config(
         if name in derived and derived[name] != value:
             raise ValueError(
                 f"megatron.{name} = {value!r} contradicts {derived[name]!r}, which follows from "
-                "the model or the parallel layout: leave it out"
+                "the model, the parallel layout or algo.routing_replay: leave it out"
             )
         chosen[name] = value
     return TransformerConfig(**(chosen | derived))

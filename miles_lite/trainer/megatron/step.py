@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -16,13 +17,14 @@ from megatron.core import parallel_state as groups
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from miles_lite.algo.drift import rollout_drift, update_drift
+from miles_lite.algo.drift import ABS_DIFF, rollout_drift, update_drift
 from miles_lite.algo.losses import LogProbs, LossSettings, policy_loss, responses
 from miles_lite.config import AlgoConfig
 from miles_lite.metrics import Max, Mean, Partial, Sum, merge
 from miles_lite.trainer.megatron.forward import forward_step, packed
 from miles_lite.trainer.megatron.messages import RankReport
 from miles_lite.trainer.megatron.optimizer import NonFiniteError, Optimizer
+from miles_lite.trainer.megatron.replay import RoutingReplay
 from miles_lite.trainer.megatron.token_credit import Facts, Known, token_credit
 from miles_lite.types import MicroBatch
 
@@ -46,12 +48,14 @@ class Step:
         self,
         ddp: DistributedDataParallel,
         optimizer: Optimizer,
+        replay: RoutingReplay,
         settings: Settings,
         reference: Sequence[torch.Tensor],
         device: torch.device,
     ) -> None:
         self._ddp = ddp
         self._optimizer = optimizer
+        self._replay = replay
         self._settings = settings
         self._reference = reference
         self._device = device
@@ -62,20 +66,25 @@ class Step:
 
     def __call__(self, share: Share) -> RankReport:
         begin = time.perf_counter()
-        old = [self._forward_only(micro_batches) for micro_batches in share]
+        old = [self._forward_only(micro_batches, replayed=True) for micro_batches in share]
         after_old = time.perf_counter()
+        # every rank has tokens and layers of its own to tell of
+        routing = merge(self._replay.flips(), self._drift_of_replay(share, old))
+        begin_reference = time.perf_counter()
         reference = self._reference_logprobs(share)
         times = {"perf/log_probs_time": Max(after_old - begin)}
+        if self._replay.active:
+            times["perf/no_replay_time"] = Max(begin_reference - after_old)
         if self._reference:
-            times["perf/ref_log_probs_time"] = Max(time.perf_counter() - after_old)
+            times["perf/ref_log_probs_time"] = Max(time.perf_counter() - begin_reference)
         known, report = self._know(share, old, reference)
         begin_train = time.perf_counter()
         for micro_batches, facts in zip(share, known, strict=True):
             report = merge(report, self._update(micro_batches, facts))
         times["perf/actor_train_time"] = Max(time.perf_counter() - begin_train)
         if not self._reports:
-            return RankReport(dict(times), {})
-        return RankReport(merge(report, times), _by_sample(share, old))
+            return RankReport(merge(routing, times), {})
+        return RankReport(merge(report, routing, times), _by_sample(share, old))
 
     def refresh_reference(self) -> None:
         """From now on the KL is to the policy as it is."""
@@ -84,22 +93,28 @@ class Step:
             frozen.copy_(param.data)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
-        """Sample -> log-probs of its response tokens under the policy as it is."""
+        """Sample -> log-probs of its response tokens under the policy as it is, its own routing
+        included."""
         logprobs = self._forward_only(micro_batches)
         return _by_sample([micro_batches], [logprobs]) if self._reports else {}
 
     # -------------------------------------------------------------- forward only
 
-    def _forward_only(self, micro_batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    def _forward_only(
+        self, micro_batches: Sequence[MicroBatch], replayed: bool = False
+    ) -> list[torch.Tensor]:
         """Log-probs [N] of each micro-batch; empty list on ranks that have none."""
         self._ddp.eval()
         with torch.no_grad():
-            outputs = self._schedule(micro_batches, lambda _: lambda out: (out.new_zeros(()), out))
+            outputs = self._schedule(
+                micro_batches, lambda _: lambda out: (out.new_zeros(()), out), replayed
+            )
         self._ddp.train()
         return [output[0].clone() for output in outputs]
 
     def _reference_logprobs(self, share: Share) -> list[list[torch.Tensor]]:
-        """As _forward_only under the frozen reference's weights; the policy's are put back."""
+        """As _forward_only under the frozen reference's weights; the policy's are put back. It
+        routes for itself: forced to another's choices it would be another policy."""
         if not self._reference:
             return [[] for _ in share]
         params = list(self._ddp.module.parameters())
@@ -110,6 +125,22 @@ class Step:
         for param, own in zip(params, policy, strict=True):
             param.data.copy_(own)
         return logprobs
+
+    def _drift_of_replay(self, share: Share, old: list[list[torch.Tensor]]) -> dict[str, Partial]:
+        """The drift with and without replay, of the same tokens: those of a rank's first
+        micro-batch, so it costs one more forward pass and not one of all."""
+        if not self._replay.active:
+            return {}
+        logprobs = self._forward_only(share[0][:1])
+        if not self._reports:
+            return {}
+        known = Known(share[0][0], responses(share[0][0], self._device), old[0][0], None)
+        engine = known.of_trained(known.seen.rollout_logprobs)
+        drift = {
+            name: rollout_drift(known.of_trained(ours), engine, known.trained_lengths)[ABS_DIFF]
+            for name, ours in (("replayed", old[0][0]), ("no_replay", logprobs[0]))
+        }
+        return {f"{ABS_DIFF}_{name}": value for name, value in drift.items()}
 
     def _know(
         self, share: Share, old: list[list[torch.Tensor]], reference: list[list[torch.Tensor]]
@@ -164,7 +195,7 @@ class Step:
 
             return loss
 
-        losses = self._schedule(micro_batches, loss_of, train=True)
+        losses = self._schedule(micro_batches, loss_of, replayed=True, train=True)
         self._refuse_non_finite_loss(losses)
         lr = self._optimizer.learning_rate()
         norm = self._optimizer.step()
@@ -187,19 +218,22 @@ class Step:
         self,
         micro_batches: Sequence[MicroBatch],
         loss_of: Callable[[int], Callable],
+        replayed: bool,
         train: bool = False,
     ) -> list[torch.Tensor]:
         """Run Megatron's schedule; what loss functions returned second, by micro-batch."""
         tp = groups.get_tensor_model_parallel_world_size()
-        settings = self._settings
+        settings, plain = self._settings, nullcontext()
 
         def one(iterator: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             index = next(iterator)
             inputs = packed(micro_batches[index], tp, self._device)
-            out = forward_step(model, inputs, settings.temperature, settings.chunk_tokens)
+            num_tokens, replay = inputs.tokens.shape[1], self._replay
+            with replay.forward(micro_batches[index], num_tokens, train) if replayed else plain:
+                out = forward_step(model, inputs, settings.temperature, settings.chunk_tokens)
             return out, loss_of(index)
 
-        return self._run_schedule(
+        found = self._run_schedule(
             forward_step_func=one,
             data_iterator=iter(range(len(micro_batches))),
             model=[self._ddp],
@@ -208,6 +242,8 @@ class Step:
             micro_batch_size=1,
             forward_only=not train,
         )
+        self._replay.finish()
+        return found
 
 
 def _mean_over_updates(parts: list[dict[str, Partial]]) -> Iterator[dict[str, Partial]]:

@@ -54,10 +54,16 @@ class MegatronWorker:
         spec = self._spec
         setup.init(self._rank, address, spec.dims, spec.seed, spec.train.timeout_s, self._store)
         # these modules import megatron, which must see the CPU look-alikes installed by `init`
-        from miles_lite.trainer.megatron import memory, optimizer, step
+        from miles_lite.trainer.megatron import memory, optimizer, replay, step
         from miles_lite.trainer.megatron.model import build_model, named_weights, transformer_config
 
-        config = transformer_config(self._model, spec.dims, self._dtype, spec.train.megatron)
+        config = transformer_config(
+            self._model,
+            spec.dims,
+            self._dtype,
+            spec.train.megatron,
+            spec.algo.routing_replay,
+        )
         module = build_model(self._model, config)
         self._weights = named_weights(module)
         self._load(HfCheckpoint(spec.model_path))
@@ -72,7 +78,10 @@ class MegatronWorker:
         if spec.algo.needs_reference:
             self._reference = [p.data.to("cpu", copy=True) for p in ddp.module.parameters()]
         settings = step.Settings(spec.algo, spec.temperature, spec.train.logprob_chunk_tokens)
-        self._step = step.Step(ddp, self._optimizer, settings, self._reference, self._device)
+        routing = replay.RoutingReplay(ddp.module, self._model, self._device)
+        self._step = step.Step(
+            ddp, self._optimizer, routing, settings, self._reference, self._device
+        )
 
     def _load(self, checkpoint: HfCheckpoint) -> None:
         """Fill every parameter and buffer; the table and the live model must name the same ones."""
