@@ -223,15 +223,15 @@ def _wait_for_others(out: Path, units: Sequence[Unit], num_ranks: int, timeout_s
     """Until every rank has done its share. Gives up, naming ranks, after a time without news."""
     shares = [share(units, rank, num_ranks) for rank in range(num_ranks)]
     with _progress() as progress:
-        total = sum(unit.num_bytes for unit in units)
-        meter = Meter(progress, "all ranks", total)
-        news, known = time.monotonic(), -1
+        meter, news, known = None, time.monotonic(), 0
         while True:
             left = [sum(u.num_bytes for u in one if not done(out, u)) for one in shares]
-            slowest = max(range(num_ranks), key=left.__getitem__)
-            meter.add(total - sum(left) - meter.moved, f"slowest: rank {slowest}")
             if not any(left):
                 return
+            if meter is None:
+                meter, known = Meter(progress, "other ranks", sum(left)), sum(left)
+            slowest = max(range(num_ranks), key=left.__getitem__)
+            meter.add(known - sum(left), f"slowest: rank {slowest}")
             if sum(left) != known:
                 news, known = time.monotonic(), sum(left)
             if time.monotonic() - news > timeout_s:
@@ -247,12 +247,12 @@ class Meter:
     """One bar, with the GB/s since it began."""
 
     def __init__(self, progress: Progress, name: str, total: int) -> None:
-        self._progress, self._begin, self.moved = progress, time.monotonic(), 0
+        self._progress, self._begin, self._moved = progress, time.monotonic(), 0
         self._task = progress.add_task(name, total=total, rate="")
 
     def add(self, num_bytes: int, note: str = "") -> None:
-        self.moved += num_bytes
-        rate = self.moved / 1e9 / max(time.monotonic() - self._begin, 1e-9)
+        self._moved += num_bytes
+        rate = self._moved / 1e9 / max(time.monotonic() - self._begin, 1e-9)
         self._progress.update(self._task, advance=num_bytes, rate=f"{rate:.2f} GB/s {note}")
 
 

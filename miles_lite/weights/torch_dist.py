@@ -136,7 +136,12 @@ def write_chunk(out: IO[bytes], piece: Piece, tensor: torch.Tensor, file: str) -
     begin = out.tell()
     # torch.load does not check them, and the manifest has hashes
     torch.serialization.set_crc32_options(False)
-    torch.save(tensor, out)
+    try:
+        torch.save(tensor, out)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk, which torch hides on closing
+            raise error.__context__ from None
+        raise
     return Written(
         *(piece.key, piece.offsets, piece.shape, piece.global_shape),
         dtype=str(tensor.dtype).removeprefix("torch."),

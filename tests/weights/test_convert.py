@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles_lite.weights import convert
 from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, share
 from miles_lite.weights.convert import ToDist, ToHf, verify
 from miles_lite.weights.hf_files import INDEX
@@ -317,31 +317,6 @@ def test_too_little_room_is_refused_with_figures(
         check_resources(tmp_path, 10, 10**9, 500)
 
 
-def test_a_full_disk_leaves_what_is_finished(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
-    job = ToDist(sharded, tmp_path / "dist", None)
-    units, _ = job.prepare()
-    assert len(units) > 3
-    job.convert(units[0])
-    real = convert.write_chunk
-
-    def full(*args: Any) -> Any:
-        real(*args)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(convert, "write_chunk", full)
-    with pytest.raises(OSError, match="No space left"):
-        job.convert(units[1])
-    monkeypatch.undo()
-    monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
-    assert [done(job.out, unit) for unit in units[:2]] == [True, False]
-    assert [path for path in (job.out / "release").iterdir()] == [job.out / units[0].file]
-    do(job)
-    assert len(list(verify(sharded, tmp_path / "dist"))) == len(weights(sharded))
-
-
 def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
     dist = to_dist(sharded, tmp_path / "dist")
     file = max((dist / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -448,7 +423,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("large") / "hf", "--shard-gb", "0.1", "--set", *words)
 
 
-def command(hf: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+def command(
+    hf: Path, out: Path, *words: str, max_file_bytes: int = resource.RLIM_INFINITY
+) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "miles_lite.cli", "convert", "hf-to-dist"]
     return subprocess.Popen(
         [*line, "--hf", str(hf), "--out", str(out), *words],
@@ -457,6 +434,7 @@ def command(hf: Path, out: Path, *words: str) -> subprocess.Popen[str]:
         text=True,
         cwd=PROJECT,
         start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, -1)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -477,6 +455,21 @@ def test_killed_it_goes_on_where_it_was(large: Path, tmp_path: Path) -> None:
     assert len(list(verify(large, out))) == len(weights(large))
     output, _ = command(large, out).communicate(timeout=120)
     assert "is complete: nothing to do" in output
+
+
+def test_a_disk_that_takes_no_more_leaves_what_is_finished(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    units, _ = ToDist(large, out, None).prepare()
+    sizes = sorted(unit.num_bytes for unit in units)
+    limit = (sizes[0] + sizes[1]) // 2  # the smallest file goes through
+    process = command(large, out, max_file_bytes=limit)
+    output = " ".join(process.communicate(timeout=120)[0].split())
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "File too large; what is finished stays, the same command goes on" in output
+    left = {str(path.relative_to(out)) for path in (out / "release").iterdir()}
+    assert left == {unit.file for unit in units if done(out, unit)}
+    assert command(large, out).wait(timeout=120) == 0
+    assert len(list(verify(large, out))) == len(weights(large))
 
 
 def test_no_worker_outlives_a_killed_rank(large: Path, tmp_path: Path) -> None:
