@@ -22,11 +22,12 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_ONLY = "latest_checkpointed_iteration.txt"  # what a folder of the converter has
 Digests = Callable[[Path, Sequence[str]], Mapping[str, str]]  # of files, by their relative names
 
 
 class CheckpointError(RuntimeError):
-    """What was loaded does not compute what was saved."""
+    """Nothing that was saved can be loaded, or it does not compute what it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,33 +72,47 @@ class Checkpoints:
         tracker.write_text(folder.name + "\n")
         _sync(tracker)
         tracker.replace(self._folder / "latest")
-        self._prune()
+        self._prune(step)
         return Checkpoint(folder, step, state)
 
     def intact(self, digests: Digests) -> Iterator[Checkpoint]:
-        """Newest first, those whose every file is as it was written. Says what it skips and why."""
+        """Newest first, those whose every file is as it was written. Says what it skips and why.
+
+        Raises CheckpointError after them if there are others and none of these.
+        """
         for unfinished in self._folder.glob(".*.part"):
             logger.warning("%s was never finished: removed", unfinished)
             shutil.rmtree(unfinished, ignore_errors=True)
-        for folder in reversed(self._all()):
+        folders = self._all()
+        skipped: list[str] = []
+        for folder in reversed(folders):
             try:
-                yield _read(folder, digests)
+                yield read_checkpoint(folder, digests)
             except ValueError as error:
+                skipped.append(f"{folder.name}: {error}")
                 logger.warning("%s is skipped: %s", folder, error)
+        if skipped and len(skipped) == len(folders):
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} is intact ({'; '.join(skipped)}): put them back, "
+                "or remove the folder to start from step 0, which drops what was logged"
+            )
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step_*"), key=_step)
 
-    def _prune(self) -> None:
-        for folder in self._all()[: -self._keep]:
+    def _prune(self, step: int) -> None:
+        # one of a later step is one that was skipped on loading: it must not push out a good one
+        for folder in [one for one in self._all() if _step(one) <= step][: -self._keep]:
             if not (self._keep_every and _step(folder) % self._keep_every == 0):
                 # renamed first: a half-removed folder must not look like a broken checkpoint
                 gone = folder.rename(folder.with_name(f".{folder.name}.part"))
                 shutil.rmtree(gone, ignore_errors=True)
 
 
-def _read(folder: Path, digests: Digests) -> Checkpoint:
+def read_checkpoint(folder: Path, digests: Digests) -> Checkpoint:
     """Raises ValueError that says which file is not what was written."""
+    if (folder / WEIGHTS_ONLY).is_file():
+        raise ValueError("it holds weights only and cannot resume the optimizer")
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         files: Mapping[str, Mapping[str, Any]] = manifest["files"]

@@ -51,6 +51,19 @@ def check_same(folder: Path, plain: Mapping[str, Any]) -> None:
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): choose another log.name") from None
     now = _flat(plain)
+    refuse_changes(folder, before, now)
+    summary = folder / "summary.json"
+    ended = json.loads(summary.read_text()).get("outcome") if summary.is_file() else ""
+    if ended == "finished" and now["train.num_steps"] <= before["train.num_steps"]:
+        raise RunFinished(
+            f"{folder} has finished its {before['train.num_steps']} steps: raise train.num_steps "
+            "to go on with it, or choose another log.name"
+        )
+
+
+def refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless what `before` says of the experiment is what `now` says."""
+    before, now = _flat(before), _flat(now)
     changed = [
         f"{key} = {now.get(key)!r} (was {before.get(key)!r})"
         for key in sorted({*before, *now})
@@ -60,13 +73,6 @@ def check_same(folder: Path, plain: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{folder} holds a run of other settings, which cannot go on with "
             f"{', '.join(changed[:5])}: put them back, or choose another log.name"
-        )
-    summary = folder / "summary.json"
-    ended = json.loads(summary.read_text()).get("outcome") if summary.is_file() else ""
-    if ended == "finished" and now["train.num_steps"] <= before["train.num_steps"]:
-        raise RunFinished(
-            f"{folder} has finished its {before['train.num_steps']} steps: raise train.num_steps "
-            "to go on with it, or choose another log.name"
         )
 
 

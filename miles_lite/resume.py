@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.build import Parts
 from miles_lite.checkpoints import Checkpoint, CheckpointError
+from miles_lite.claim import refuse_changes
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run
@@ -63,14 +65,16 @@ def complete(run: Run, parts: Parts) -> None:
 def restore(run: Run, parts: Parts, watch: SignalWatch) -> None:
     """Bring all parts to the newest intact checkpoint of the run, and `run.start` to its step.
 
-    Without one the run starts anew, and what an earlier attempt logged is dropped. Raises
-    CheckpointError if the loaded weights score the probe otherwise than the saved ones did.
+    If none was ever completed the run starts anew, and what an earlier attempt logged is dropped.
+    Raises CheckpointError if none is intact, or if the loaded weights score the probe otherwise
+    than the saved ones did.
     """
     found = next(run.checkpoints.intact(parts.trainer.digests), None)
     if found is None:
         run.rewind(0, metrics_bytes=0)
         return
     state = found.state
+    refuse_changes(found.folder, state["config"], run.config)  # config.yaml may have been lost
     parts.trainer.load(found.folder, same_layout=state["layout"] == dict(parts.trainer.layout))
     _check_scores(found, parts)
     parts.prompts.restore(state["prompts"])
@@ -95,11 +99,12 @@ def _scores(
 def _check_scores(found: Checkpoint, parts: Parts) -> None:
     state = found.state
     probe = [_sequence(values) for values in state["probe"]]
-    usable = len(probe) - len(probe) % parts.trainer.dp
-    again = _scores(probe[:usable], parts.trainer, parts.packing)
-    pairs = zip(state["scores"][:usable], again, strict=True)
+    # some twice, so that there are as many for each DP rank, however many there are now
+    padded = [*probe, *itertools.islice(itertools.cycle(probe), -len(probe) % parts.trainer.dp)]
+    again = _scores(padded, parts.trainer, parts.packing)[: len(probe)]
+    pairs = zip(state["scores"], again, strict=True)
     gaps = [abs(a - b) for before, after in pairs for a, b in zip(before, after, strict=True)]
-    gap = statistics.fmean(gaps) if gaps else 0.0
+    gap = statistics.fmean(gaps)
     limit = max(ROUNDING, SURPRISE * state["drift"])
     if not gap <= limit:  # also NaN
         raise CheckpointError(
@@ -108,7 +113,7 @@ def _check_scores(found: Checkpoint, parts: Parts) -> None:
             "The files are as they were written, so model, libraries or hardware have changed; "
             "remove this checkpoint to go on from an older one"
         )
-    logger.info("scored %d answers again: %.2g nats a token apart", usable, gap)
+    logger.info("scored %d answers again: %.2g nats a token apart", len(probe), gap)
 
 
 def _plain(sequence: TrainSequence) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.checkpoints import Checkpoints
+from miles_lite.checkpoints import CheckpointError, Checkpoints
 from miles_lite.weights.checksum import file_digest
 
 
@@ -119,6 +119,34 @@ def test_the_last_k_and_every_nth_are_kept(tmp_path: Path) -> None:
     for step in range(5, 45, 5):
         write(checkpoints, step)
     assert steps(checkpoints) == [40, 35, 30, 20, 10]
+
+
+def test_a_damaged_one_of_a_later_step_pushes_no_good_one_out(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=0)
+    for step in (6, 9, 12):
+        flip(write(checkpoints, step) / "policy/__0_0.distcp")
+    write(checkpoints, 4)  # the run goes on from an older one, and is asked to save early
+    write(checkpoints, 7)
+    assert steps(checkpoints) == [7, 4]
+
+
+def test_where_none_is_intact_nothing_is_started_anew(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        flip(write(checkpoints, step) / "state.json")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is intact \(step_000002: the c"
+    ):
+        steps(checkpoints)
+
+
+def test_weights_only_says_so(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints/step_000003"
+    folder.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("release\n")
+    with pytest.raises(CheckpointError, match="holds weights only and cannot resume the optimizer"):
+        steps(checkpoints)
 
 
 KILLED = """

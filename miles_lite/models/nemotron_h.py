@@ -18,6 +18,7 @@ _BLOCK_TYPES = {
     "full_attention": "*",
     "mlp": "-",
 }
+_BLOCK_NAMES = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,15 +72,17 @@ class NemotronH:
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} is not an HF checkpoint: it has no config.json")
-        raw = json.loads(path.read_text())
+        raw = _read_json(path)
         generation = folder / "generation_config.json"
         if generation.is_file():
-            raw["eos_token_id"] = json.loads(generation.read_text()).get(
+            raw["eos_token_id"] = _read_json(generation).get(
                 "eos_token_id", raw.get("eos_token_id")
             )
         try:
             return cls.from_hf(raw)
-        except ValueError as error:
+        except KeyError as error:
+            raise ValueError(f"{path} does not say {error.args[0]}") from None
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
@@ -127,6 +130,31 @@ class NemotronH:
                 f"{pattern!r} has {model.num_layers} layers"
             )
         return model
+
+
+def spell_pattern(path: Path) -> None:
+    """Write the layers of a config.json as strings too, and a list of them in the names that
+    transformers and SGLang both read: SGLang refuses those that transformers writes."""
+    raw = _read_json(path)
+    model = NemotronH.from_hf(raw)
+    spelled: dict[str, Any] = {"hybrid_override_pattern": model.pattern}
+    if model.mtp_pattern:
+        spelled["mtp_hybrid_override_pattern"] = model.mtp_pattern
+    for key in ("layers_block_type", "mtp_layers_block_type"):
+        if raw.get(key):
+            spelled[key] = [_BLOCK_NAMES[_BLOCK_TYPES[kind]] for kind in raw[key]]
+    if raw != raw | spelled:
+        path.write_text(json.dumps(raw | spelled, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return raw
 
 
 def _pattern(raw: dict[str, Any], string_key: str, list_key: str) -> str:

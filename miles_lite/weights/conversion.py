@@ -9,7 +9,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from typing import IO, Any
 import psutil
 import torch
 
-from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.models.nemotron_h import NemotronH, spell_pattern
 from miles_lite.weights.hf_files import INDEX, HfFiles
 from miles_lite.weights.table import hf_tensors, mtp_tensors
 from miles_lite.weights.torch_dist import METADATA
@@ -34,9 +34,14 @@ FIXED_BYTES = 1 << 30  # of a worker: python, torch, and room to breathe
 class Unit:
     """One output file and what goes into it."""
 
-    file: str
+    file: str  # below the output folder
     tensors: tuple[str, ...]  # of HF
-    num_bytes: int
+    num_bytes: int  # of the tensors as they are written
+
+    @property
+    def note(self) -> str:
+        """Where it is noted, below the output folder, that the file is finished."""
+        return f"{PROGRESS}/{Path(self.file).name}.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +71,17 @@ def check_tensors(files: HfFiles, model: NemotronH) -> None:
             f"{model.mtp_pattern!r}) disagree; {'; '.join(told)}"
         )
     for name, tensor in wanted.items():
-        if files.tensors[name].shape != tensor.shape:
+        stored = files.tensors[name]
+        if stored.shape != tensor.shape:
             raise ValueError(
-                f"{files.folder}: tensor {name!r} has shape {files.tensors[name].shape}, "
-                f"config.json makes it {tensor.shape}"
+                f"{files.folder}: tensor {name!r} has shape {stored.shape}, config.json makes it "
+                f"{tensor.shape}"
             )
+    halves = {stored.dtype: name for name, stored in files.tensors.items()}
+    halves.pop(torch.float32, None)
+    if len(halves) > 1:  # the same bits mean other numbers
+        told = " and ".join(f"{name!r} is {dtype}" for dtype, name in halves.items())
+        raise ValueError(f"{files.folder}: tensor {told}: one of them has the wrong dtype")
 
 
 def check_resources(out: Path, to_write: int, largest: int, workers: int) -> str:
@@ -108,7 +119,19 @@ def share(units: Sequence[Unit], rank: int, num_ranks: int) -> list[Unit]:
 
 def done(out: Path, unit: Unit) -> bool:
     """Whether an earlier attempt finished this file."""
-    return (out / PROGRESS / f"{unit.file}.json").is_file()
+    return (out / unit.note).is_file()
+
+
+def intact(out: Path, unit: Unit) -> bool:
+    """The same, and the file is there as long as it was; else the note is void from now on."""
+    file = out / unit.file
+    if not done(out, unit):
+        return False
+    with contextlib.suppress(ValueError, KeyError):
+        if file.is_file() and file.stat().st_size == noted(out, unit)["bytes"]:
+            return True
+    (out / unit.note).unlink()
+    return False
 
 
 def iteration_folder(dist: Path) -> Path:
@@ -118,32 +141,33 @@ def iteration_folder(dist: Path) -> Path:
     tracker = dist / TRACKER
     if not tracker.is_file():
         raise ValueError(f"{dist} is no torch_dist checkpoint: neither {METADATA} nor {TRACKER}")
-    name = tracker.read_text().strip()
+    name = tracker.read_bytes().decode(errors="replace").strip()
     return dist / (f"iter_{int(name):07d}" if name.isdecimal() else name)
 
 
 def copy_extras(source: Path, target: Path) -> None:
-    """Config, tokenizer, template and whatever else is no weights. The layer pattern is written as
-    a string too: SGLang reads no other spelling that transformers may have written."""
+    """Config, tokenizer, template and whatever else is no weights, folders too; hidden ones are
+    what a download left. The layer pattern is spelled so that everybody reads it."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, MANIFEST):
+        if path.is_dir():
+            if not path.name.startswith("."):
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        elif path.suffix != ".safetensors" and path.name not in (INDEX, MANIFEST):
             shutil.copyfile(path, target / path.name)
-    config = json.loads((source / "config.json").read_text())
-    model = NemotronH.from_folder(source)
-    if not config.get("hybrid_override_pattern"):
-        config["hybrid_override_pattern"] = model.pattern
-        if model.mtp_pattern:
-            config["mtp_hybrid_override_pattern"] = model.mtp_pattern
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    spell_pattern(target / "config.json")
 
 
-def fingerprint(files: HfFiles) -> str:
-    """Changes when a file of weights does; reads none of them."""
-    names = sorted({stored.file for stored in files.tensors.values()})
-    stats = [(name, (files.folder / name).stat()) for name in names]
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Changes when one of the files does; reads none of them."""
+    stats = [(path.name, path.stat()) for path in sorted(paths)]
     text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint_hf(files: HfFiles) -> str:
+    names = {stored.file for stored in files.tensors.values()} | {"config.json"}
+    return fingerprint(files.folder / name for name in names)
 
 
 def content_hash(tensor: torch.Tensor) -> str:
@@ -170,22 +194,55 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
 def claim(out: Path, purpose: Mapping[str, Any]) -> None:
     """Refuse a folder that holds anything else."""
     told = out / PROGRESS / "purpose.json"
+    # an empty PROGRESS is of a rank that is about to say what it is for, or was killed then; looked
+    # at before `told`, as a rank that says so just now writes more after it
+    others = out.is_dir() and any(path.name != PROGRESS for path in out.iterdir())
     if told.is_file():
         if (before := json.loads(told.read_text())) != purpose:
             raise ValueError(f"{out} holds another conversion, of {before}: choose another --out")
-    elif out.is_dir() and any(path.name != PROGRESS for path in out.iterdir()):
-        # (an empty PROGRESS is of a rank that is about to say what it is for, or was killed then)
+    elif others:
         raise ValueError(f"{out} is not empty and was not made by this conversion")
     (out / PROGRESS).mkdir(parents=True, exist_ok=True)
     replace_text(told, json.dumps(purpose))
 
 
 def note(out: Path, unit: Unit, value: Mapping[str, Any]) -> None:
-    replace_text(out / PROGRESS / f"{unit.file}.json", json.dumps(value))
+    size = (out / unit.file).stat().st_size
+    replace_text(out / unit.note, json.dumps({**value, "bytes": size}))
 
 
 def noted(out: Path, unit: Unit) -> dict[str, Any]:
-    return json.loads((out / PROGRESS / f"{unit.file}.json").read_text())
+    return json.loads((out / unit.note).read_text())
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """`tensors` (HF name: {"hf": hash, "dist": hash}) and `files` (name: hash); both empty where no
+    conversion wrote one."""
+    path = folder / MANIFEST
+    try:
+        manifest: Any = json.loads(path.read_text()) if path.is_file() else {}
+        if "tensors" not in manifest:
+            return {"tensors": {}, "files": {}}
+        tensors = {name: dict(hashes) for name, hashes in manifest["tensors"].items()}
+        return {"tensors": tensors, "files": dict(manifest["files"])}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r})") from None
+
+
+def check_hash(
+    manifest: Mapping[str, Mapping[str, Any]], side: str, name: str, found: str, where: Path
+) -> None:
+    """Raise ValueError if a manifest knows the tensor and has another hash of it."""
+    wanted = manifest["tensors"].get(name, {}).get(side, found)
+    if wanted != found:
+        raise ValueError(
+            f"{where}: tensor {name!r} is not what {MANIFEST} says: one of them has changed"
+        )
+
+
+def write_manifest(out: Path, units: Sequence[Unit], files: Mapping[str, str]) -> None:
+    hashes = {name: value for unit in units for name, value in noted(out, unit)["hashes"].items()}
+    replace_text(out / MANIFEST, json.dumps({"tensors": hashes, "files": files}, indent=1))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ tensor; no model is made.
 
     OUT/release/__0_0.distcp ... .metadata common.pt metadata.json      weights only
     OUT/hf/                       everything of the HF folder that is not weights
-    OUT/manifest.json             content hash of every HF tensor
+    OUT/manifest.json             content hashes of every tensor, here and there, and of small files
     OUT/latest_checkpointed_iteration.txt       written last: "release"
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.conversion import (
     MANIFEST,
     MAX_UNIT,
@@ -34,17 +36,21 @@ from miles_lite.weights.conversion import (
     Report,
     Unit,
     appearing,
+    check_hash,
     check_tensors,
     claim,
     content_hash,
     copy_extras,
     fingerprint,
+    fingerprint_hf,
     iteration_folder,
     note,
     noted,
     peak_rss,
     raw_bytes,
+    read_manifest,
     replace_text,
+    write_manifest,
 )
 from miles_lite.weights.hf_files import INDEX, HfFiles, read_header
 from miles_lite.weights.table import hf_tensors, mtp_tensors
@@ -60,11 +66,13 @@ from miles_lite.weights.torch_dist import (
     write_object,
 )
 
+Opened = tuple[NemotronH, HfFiles, dict[str, dict[str, Any]]]  # with the manifest, if it has one
+
 
 @functools.cache
-def _opened(hf: Path) -> tuple[NemotronH, HfFiles]:
+def _opened(hf: Path) -> Opened:
     """Once a process: a large model has tens of thousands of tensors."""
-    return NemotronH.from_folder(hf), HfFiles(hf)
+    return NemotronH.from_folder(hf), HfFiles(hf), read_manifest(hf)
 
 
 # ------------------------------------------------------------------ HF to torch_dist
@@ -83,10 +91,16 @@ class ToDist:
         """(units, bytes of the largest tensor), everything checked. Raises ValueError."""
         model, files = NemotronH.from_folder(self.hf), HfFiles(self.hf)
         check_tensors(files, model)
-        sizes = {name: stored.num_bytes for name, stored in files.tensors.items()}
+        kept = self._kept(model)
+        sizes = {
+            name: stored.num_bytes
+            if self.dtype is None or name in kept
+            else math.prod(stored.shape) * self.dtype.itemsize
+            for name, stored in files.tensors.items()
+        }
         total = sum(sizes.values())
         purpose = {"hf": str(self.hf.resolve()), "dtype": str(self.dtype)}
-        claim(self.out, purpose | {"source": fingerprint(files)})
+        claim(self.out, purpose | {"source": fingerprint_hf(files)})
         (self.out / RELEASE).mkdir(exist_ok=True)
         limit = min(MAX_UNIT, max(MIN_UNIT, total // 256))
         units: list[Unit] = []
@@ -95,39 +109,52 @@ class ToDist:
         for group, _ in [*pieces(model), ((), ())]:
             size = sum(sizes[name] for name in group)
             if names and (not group or num_bytes + size > limit):
-                units.append(Unit(f"__{len(units)}_0.distcp", tuple(names), num_bytes))
+                file = f"{RELEASE}/__{len(units)}_0.distcp"
+                units.append(Unit(file, tuple(names), num_bytes))
                 names, num_bytes = [], 0
             names += group
             num_bytes += size
-        return units, max(sizes.values())
+        return units, max(*sizes.values(), *(one.num_bytes for one in files.tensors.values()))
 
     def convert(self, unit: Unit) -> Report:
         """Write one file."""
-        model, files = _opened(self.hf)
-        keep = {n for n, t in (hf_tensors(model) | mtp_tensors(model)).items() if t.fp32}
+        model, files, manifest = _opened(self.hf)
+        kept = self._kept(model)
         groups = [group for group in pieces(model) if set(group[0]) <= set(unit.tensors)]
         written: list[Written] = []
-        hashes: dict[str, str] = {}
-        with appearing(self.out / RELEASE / unit.file) as out:
+        hashes: dict[str, dict[str, str]] = {}
+        with appearing(self.out / unit.file) as out:
             for names, chunks in groups:
                 for name in names:
                     with files.mapped(name) as tensor:
-                        hashes[name] = content_hash(tensor)
+                        found = content_hash(tensor)
+                        check_hash(manifest, "hf", name, found, self.hf)
+                        cast = self._cast(name, tensor, kept)
+                        rounded = found if cast is tensor else content_hash(cast)
+                    hashes[name] = {"hf": found, "dist": rounded}
+                    del tensor, cast
                 for piece in chunks:
-                    tensor = self._assemble(files, piece, keep)
-                    written.append(write_chunk(out, piece, tensor, unit.file))
+                    tensor = self._assemble(files, piece, kept)
+                    written.append(write_chunk(out, piece, tensor, Path(unit.file).name))
                     del tensor
         told = {"written": [asdict(one) for one in written], "hashes": hashes}
         note(self.out, unit, told)
         return Report(unit.file, unit.num_bytes, peak_rss())
 
-    def _assemble(self, files: HfFiles, piece: Piece, keep: set[str]) -> torch.Tensor:
+    @staticmethod
+    def _kept(model: NemotronH) -> set[str]:
+        """Tensors that have the same dtype on both sides."""
+        return {n for n, t in (hf_tensors(model) | mtp_tensors(model)).items() if t.fp32}
+
+    def _cast(self, name: str, rows: torch.Tensor, kept: set[str]) -> torch.Tensor:
+        return rows if self.dtype is None or name in kept else rows.to(self.dtype)
+
+    def _assemble(self, files: HfFiles, piece: Piece, kept: set[str]) -> torch.Tensor:
         parts = []
         for name, start, stop in piece.sources:
             with files.mapped(name) as tensor:
                 rows = tensor[start:stop] if stop - start < tensor.shape[0] else tensor
-                if self.dtype and name not in keep:
-                    rows = rows.to(self.dtype)
+                rows = self._cast(name, rows, kept)
                 # torch.save writes whole storages: a slice must have one of its own
                 partial = rows.numel() * rows.element_size() < rows.untyped_storage().nbytes()
                 parts.append(rows.clone() if partial else rows)
@@ -137,8 +164,7 @@ class ToDist:
     def finish(self, units: Sequence[Unit]) -> None:
         """Once all units are done, by one rank: metadata, manifest, tracker."""
         model = NemotronH.from_folder(self.hf)
-        notes = [noted(self.out, unit) for unit in units]
-        written = [_written(one) for note in notes for one in note["written"]]
+        written = [_written(one) for unit in units for one in noted(self.out, unit)["written"]]
         folder = self.out / RELEASE
         extra = "__extra_0.distcp"
         with (folder / extra).open("wb") as out:
@@ -149,8 +175,8 @@ class ToDist:
         versions = {"sharded_backend_version": 1, "common_backend_version": 1}
         (folder / "metadata.json").write_text(json.dumps(backends | versions))
         copy_extras(self.hf, self.out / "hf")
-        hashes = {name: value for note in notes for name, value in note["hashes"].items()}
-        replace_text(self.out / MANIFEST, json.dumps({"tensors": hashes}, indent=1))
+        small = (extra, "common.pt", METADATA, "metadata.json")
+        write_manifest(self.out, units, {name: file_digest(folder / name) for name in small})
         replace_text(self.out / TRACKER, RELEASE + "\n")
 
 
@@ -169,18 +195,12 @@ class ToHf:
         """As ToDist.prepare; the units are the template's files."""
         model, files = NemotronH.from_folder(self.template), HfFiles(self.template)
         check_tensors(files, model)
-        dist = DistCheckpoint(iteration_folder(self.dist))
-        has_mtp = any(name in dist.shapes for name in mtp_tensors(model))
-        for _, chunks in pieces(model):
-            for piece in chunks:
-                if not has_mtp and piece.key.startswith("mtp."):
-                    continue
-                if dist.shapes.get(piece.key) != piece.global_shape:
-                    raise ValueError(
-                        f"{dist.folder}: key {piece.key!r} has shape {dist.shapes.get(piece.key)}, "
-                        f"the model of {self.template} wants {piece.global_shape}"
-                    )
-        claim(self.out, {"dist": str(self.dist.resolve()), "hf": str(self.template.resolve())})
+        folder = iteration_folder(self.dist)
+        DistSource(folder, model)
+        purpose = {"dist": str(self.dist.resolve()), "hf": str(self.template.resolve())}
+        dist_files = [path for path in folder.iterdir() if path.is_file()]
+        source = {"source": fingerprint(dist_files), "template": fingerprint_hf(files)}
+        claim(self.out, purpose | source)
         by_file: dict[str, list[str]] = {}
         for name, stored in files.tensors.items():
             by_file.setdefault(stored.file, []).append(name)
@@ -192,10 +212,10 @@ class ToHf:
 
     def convert(self, unit: Unit) -> Report:
         """Write one file."""
-        source, (_, files) = _source(self.dist, self.template), _opened(self.template)
+        source, (_, files, _) = _source(self.dist, self.template), _opened(self.template)
         stored = read_header(self.template / unit.file)
         begin = min((one.begin for one in stored.values()), default=0)
-        hashes: dict[str, str] = {}
+        hashes: dict[str, dict[str, str]] = {}
         with (
             (self.template / unit.file).open("rb") as template,
             appearing(self.out / unit.file) as out,
@@ -205,10 +225,14 @@ class ToHf:
                 out.seek(one.begin)
                 with contextlib.ExitStack() as stack:
                     if source.has(name):
-                        tensor = source.read(name).to(one.dtype).contiguous()
+                        read, theirs = source.read(name)
+                        tensor = read.to(one.dtype)
+                        ours = theirs if tensor is read else content_hash(tensor)
+                        hashes[name] = {"hf": ours, "dist": theirs}
+                        del read
                     else:  # of a run, which carries the MTP block through untrained
                         tensor = stack.enter_context(files.mapped(name))
-                    hashes[name] = content_hash(tensor)
+                        hashes[name] = {"hf": content_hash(tensor)}
                     out.write(raw_bytes(tensor))
                     del tensor
         note(self.out, unit, {"hashes": hashes})
@@ -218,16 +242,20 @@ class ToHf:
         copy_extras(self.template, self.out)
         if (self.template / INDEX).is_file():
             shutil.copyfile(self.template / INDEX, self.out / INDEX)
-        notes = [noted(self.out, unit) for unit in units]
-        hashes = {name: value for note in notes for name, value in note["hashes"].items()}
-        replace_text(self.out / MANIFEST, json.dumps({"tensors": hashes}, indent=1))
+        write_manifest(self.out, units, {})
 
 
 class DistSource:
-    """HF tensors out of a torch_dist checkpoint, one at a time."""
+    """HF tensors out of a torch_dist checkpoint, one at a time. Raises ValueError unless it holds
+    exactly the model's keys, the MTP block or not, and besides them an optimizer's."""
 
     def __init__(self, folder: Path, model: NemotronH) -> None:
         self._dist = DistCheckpoint(folder)
+        self._manifest = read_manifest(folder.parent)
+        for file, digest in self._manifest["files"].items():
+            if file_digest(folder / file) != digest:
+                raise ValueError(f"{folder / file} is not what {MANIFEST} says: it has changed")
+        self._check_keys(model)
         self._shapes = {n: t.shape for n, t in (hf_tensors(model) | mtp_tensors(model)).items()}
         # HF tensor -> (piece, first row within the piece, first and last row of the tensor)
         self._parts: dict[str, list[tuple[Piece, int, int, int]]] = {}
@@ -238,11 +266,35 @@ class DistSource:
                     self._parts.setdefault(name, []).append((piece, offset, start, stop))
                     offset += stop - start
 
+    def _check_keys(self, model: NemotronH) -> None:
+        shapes = self._dist.shapes
+        wanted = {p.key: p.global_shape for _, chunks in pieces(model) for p in chunks}
+        mtp = set(mtp_tensors(model))
+        if not mtp & set(shapes):
+            wanted = {key: shape for key, shape in wanted.items() if key not in mtp}
+        for key, shape in wanted.items():
+            if shapes.get(key) != shape:
+                found = f"has shape {shapes[key]}" if key in shapes else "is missing"
+                raise ValueError(f"{self._dist.folder}: key {key!r} {found}, wanted is {shape}")
+        unknown = sorted(key for key in set(shapes) - set(wanted) if "optimizer" not in key)
+        if unknown:
+            raise ValueError(
+                f"{self._dist.folder}: {len(unknown)} keys are unknown to the layer pattern "
+                f"{model.pattern!r} (MTP {model.mtp_pattern!r}): {', '.join(unknown[:3])}"
+            )
+
     def has(self, name: str) -> bool:
         return all(piece.key in self._dist.shapes for piece, *_ in self._parts[name])
 
-    def read(self, name: str) -> torch.Tensor:
-        """In the shape that HF knows. Raises ValueError for what is missing or corrupt."""
+    def read(self, name: str) -> tuple[torch.Tensor, str]:
+        """In the shape that HF knows, contiguous, with its hash. Raises ValueError for what is
+        missing, corrupt, or not what the checkpoint's manifest says."""
+        tensor = self._read(name).contiguous()
+        found = content_hash(tensor)
+        check_hash(self._manifest, "dist", name, found, self._dist.folder)
+        return tensor, found
+
+    def _read(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         parts = []
         for piece, offset, start, stop in sorted(self._parts[name], key=lambda part: part[2]):
@@ -259,18 +311,23 @@ def _source(dist: Path, hf: Path) -> DistSource:
     return DistSource(iteration_folder(dist), NemotronH.from_folder(hf))
 
 
-def verify(hf: Path, dist: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each HF tensor whose bits are those of the torch_dist checkpoint, HF's being
-    rounded to its dtype first. Raises ValueError naming the first that differs."""
-    model, files = NemotronH.from_folder(hf), HfFiles(hf)
+def verify(hf: Path, dist: Path) -> Iterator[tuple[str, int, bool]]:
+    """(name, bytes, compared) of each HF tensor. Its bits are those of the torch_dist checkpoint,
+    HF's being rounded to its dtype first; only a MTP block that is not in there is not compared.
+    Raises ValueError naming the first tensor that differs, on either side from a manifest too."""
+    model, files, manifest = _opened(hf)
     check_tensors(files, model)
     source = DistSource(iteration_folder(dist), model)
     for name, stored in files.tensors.items():
-        theirs = source.read(name).contiguous()
-        with files.mapped(name) as ours:
-            if content_hash(ours.to(theirs.dtype)) != content_hash(theirs):
-                raise ValueError(f"tensor {name!r} differs between {hf / stored.file} and {dist}")
-        yield name, stored.num_bytes
+        if source.has(name):
+            theirs, found = source.read(name)
+            with files.mapped(name) as ours:
+                check_hash(manifest, "hf", name, content_hash(ours), hf)
+                if content_hash(ours.to(theirs.dtype)) != found:
+                    raise ValueError(
+                        f"tensor {name!r} differs between {hf / stored.file} and {dist}"
+                    )
+        yield name, stored.num_bytes, source.has(name)
 
 
 def _written(one: Mapping[str, Any]) -> Written:

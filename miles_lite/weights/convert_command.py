@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,12 +13,24 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
-import yaml
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from miles_lite.checkpoints import read_checkpoint
 from miles_lite.cluster.rendezvous import open_store
-from miles_lite.weights.conversion import PROGRESS, Report, Unit, check_resources, done, share
+from miles_lite.orphan import die_with
+from miles_lite.weights.checksum import file_digest
+from miles_lite.weights.conversion import (
+    PROGRESS,
+    Report,
+    Unit,
+    check_resources,
+    done,
+    intact,
+    peak_rss,
+    share,
+)
 from miles_lite.weights.convert import ToDist, ToHf, verify
+from miles_lite.weights.hf_files import HfFiles
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PORT = 29522  # where ranks meet on the head
@@ -28,8 +42,7 @@ def run(words: Sequence[str]) -> None:
     options = _parser().parse_args(words)
     begin = time.monotonic()
     if options.action == "verify":
-        checked = [num_bytes for _, num_bytes in verify(options.hf, options.dist)]
-        print(f"{len(checked)} tensors of {options.hf} and {options.dist} are the same: ", end="")
+        checked = _verify(options.hf, options.dist)
     elif options.action == "hf-to-dist":
         job = ToDist(options.hf, options.out, DTYPES[options.dtype])
         checked = _convert(job, options)
@@ -46,21 +59,50 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(words)
-    folder, _, step = options.run.rpartition("@") if "@" in options.run else (options.run, "", "")
+    folder, _, step = options.run.partition("@")
+    if Path(options.run).is_dir():  # whatever it is called
+        folder, step = options.run, ""
     checkpoints = Path(folder) / "checkpoints"
     tracker = checkpoints / "latest"
     if not tracker.is_file():
         raise ValueError(f"{folder} has no checkpoint: {tracker} is not there")
     name = f"step_{int(step):06d}" if step.isdecimal() else step or tracker.read_text().strip()
     if not (checkpoints / name / "manifest.json").is_file():
-        kept = ", ".join(sorted(path.name for path in checkpoints.glob("step_*")))
-        raise ValueError(f"{checkpoints} has no {name}; there are {kept}")
-    config = yaml.safe_load((Path(folder) / "config.yaml").read_text())
-    template = Path(config["model"]["path"])
+        raise ValueError(f"{checkpoints} has no {name}; there are {_kept(checkpoints)}")
+    try:
+        found = read_checkpoint(checkpoints / name, _digests)
+    except ValueError as error:
+        raise ValueError(
+            f"{checkpoints / name} is damaged: {error}; RUN@STEP takes another one of "
+            f"{_kept(checkpoints)}"
+        ) from None
+    template = Path(found.state["config"]["model"]["path"])
     options.node_rank, options.num_nodes, options.head_ip, options.timeout = 0, 1, "", 600.0
     begin = time.monotonic()
     job = ToHf(checkpoints / name / "policy", template, options.out)
     _closing(_convert(job, options), time.monotonic() - begin)
+
+
+def _kept(checkpoints: Path) -> str:
+    return ", ".join(sorted(path.name for path in checkpoints.glob("step_*")))
+
+
+def _digests(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    return {file: file_digest(folder / file) for file in files}
+
+
+def _verify(hf: Path, dist: Path) -> list[Report]:
+    total = sum(stored.num_bytes for stored in HfFiles(hf).tensors.values())
+    reports, left_out = [], 0
+    with _progress() as progress:
+        meter = Meter(progress, "verify", total)
+        for name, num_bytes, compared in verify(hf, dist):
+            meter.add(num_bytes)
+            left_out += not compared
+            reports.append(Report(name, num_bytes if compared else 0, peak_rss()))
+    told = f" ({left_out} of the MTP block are not in the latter)" if left_out else ""
+    print(f"{len(reports) - left_out} tensors of {hf} and {dist} are the same{told}: ", end="")
+    return reports
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,8 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _convert(job: ToDist | ToHf, options: argparse.Namespace) -> list[int | Report]:
+def _convert(job: ToDist | ToHf, options: argparse.Namespace) -> list[Report]:
     """This rank's share; rank 0 also waits for the others and closes the folder."""
+    try:
+        return _do_share(job, options)
+    except OSError as error:  # of this rank or of a worker of it
+        raise ValueError(
+            f"{error.filename or job.out}: {error.strerror or error}; what is finished stays, the "
+            "same command goes on"
+        ) from error
+
+
+def _do_share(job: ToDist | ToHf, options: argparse.Namespace) -> list[Report]:
     rank, num_ranks = options.node_rank, options.num_nodes
     if not 0 <= rank < num_ranks or options.workers < 1:
         raise ValueError(
@@ -94,7 +146,7 @@ def _convert(job: ToDist | ToHf, options: argparse.Namespace) -> list[int | Repo
             "0 <= node-rank < num-nodes, and at least 1 worker"
         )
     units, largest = job.prepare()
-    mine = [unit for unit in share(units, rank, num_ranks) if not done(job.out, unit)]
+    mine = [unit for unit in share(units, rank, num_ranks) if not intact(job.out, unit)]
     to_write = sum(unit.num_bytes for unit in units if not done(job.out, unit))
     if not to_write and (job.out / job.last).is_file():
         print(f"{job.out} is complete: nothing to do")
@@ -141,31 +193,29 @@ def _meet(host: str, rank: int, num_ranks: int, timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def _work(job: ToDist | ToHf, units: Sequence[Unit], workers: int) -> list[int | Report]:
-    reports: list[int | Report] = []
-    total = sum(unit.num_bytes for unit in units)
-    context = multiprocessing.get_context("spawn")
+def _work(job: ToDist | ToHf, units: Sequence[Unit], workers: int) -> list[Report]:
+    reports: list[Report] = []
+    # a worker must not outlive a rank that is killed: the rank that comes back would write the
+    # same files
     with (
         _progress() as progress,
-        ProcessPoolExecutor(max(1, min(workers, len(units))), mp_context=context) as pool,
+        ProcessPoolExecutor(
+            max(1, min(workers, len(units))),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=die_with,
+            initargs=(os.getpid(),),
+        ) as pool,
     ):
-        task = progress.add_task(job.out.name, total=total, rate="")
-        futures = {pool.submit(job.convert, unit): unit for unit in units}
-        begin, moved = time.monotonic(), 0
+        meter = Meter(progress, job.out.name, sum(unit.num_bytes for unit in units))
+        futures = [pool.submit(job.convert, unit) for unit in units]
         try:
             for future in as_completed(futures):
-                report = future.result()
-                reports.append(report)
-                moved += report.num_bytes
-                rate = f"{moved / 1e9 / max(time.monotonic() - begin, 1e-9):.2f} GB/s"
-                progress.update(task, advance=report.num_bytes, rate=rate)
-        except (OSError, BrokenProcessPool) as error:
-            for future in futures:
-                future.cancel()
-            why = getattr(error, "strerror", None) or "a worker died (killed, or out of memory)"
-            raise ValueError(
-                f"{job.out}: {why}; what is finished stays, the same command goes on"
-            ) from error
+                reports.append(future.result())
+                meter.add(reports[-1].num_bytes)
+        except BrokenProcessPool as error:
+            raise OSError(errno.ECHILD, "a worker died (killed, or out of memory)") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
     return reports
 
 
@@ -173,19 +223,15 @@ def _wait_for_others(out: Path, units: Sequence[Unit], num_ranks: int, timeout_s
     """Until every rank has done its share. Gives up, naming ranks, after a time without news."""
     shares = [share(units, rank, num_ranks) for rank in range(num_ranks)]
     with _progress() as progress:
-        total = sum(unit.num_bytes for unit in units)
-        task = progress.add_task("all ranks", total=total, rate="")
-        news, known = time.monotonic(), -1
+        meter, news, known = None, time.monotonic(), 0
         while True:
             left = [sum(u.num_bytes for u in one if not done(out, u)) for one in shares]
-            slowest = max(range(num_ranks), key=left.__getitem__)
-            progress.update(
-                task,
-                completed=total - sum(left),
-                rate=f"slowest: rank {slowest}" if any(left) else "",
-            )
             if not any(left):
                 return
+            if meter is None:
+                meter, known = Meter(progress, "other ranks", sum(left)), sum(left)
+            slowest = max(range(num_ranks), key=left.__getitem__)
+            meter.add(known - sum(left), f"slowest: rank {slowest}")
             if sum(left) != known:
                 news, known = time.monotonic(), sum(left)
             if time.monotonic() - news > timeout_s:
@@ -197,6 +243,19 @@ def _wait_for_others(out: Path, units: Sequence[Unit], num_ranks: int, timeout_s
             time.sleep(POLL_S)
 
 
+class Meter:
+    """One bar, with the GB/s since it began."""
+
+    def __init__(self, progress: Progress, name: str, total: int) -> None:
+        self._progress, self._begin, self._moved = progress, time.monotonic(), 0
+        self._task = progress.add_task(name, total=total, rate="")
+
+    def add(self, num_bytes: int, note: str = "") -> None:
+        self._moved += num_bytes
+        rate = self._moved / 1e9 / max(time.monotonic() - self._begin, 1e-9)
+        self._progress.update(self._task, advance=num_bytes, rate=f"{rate:.2f} GB/s {note}")
+
+
 def _progress() -> Progress:
     return Progress(
         *Progress.get_default_columns()[:-1],
@@ -205,9 +264,9 @@ def _progress() -> Progress:
     )
 
 
-def _closing(reports: Sequence[int | Report], seconds: float) -> None:
+def _closing(reports: Sequence[Report], seconds: float) -> None:
     """Bytes, seconds, GB/s, peak memory."""
-    num_bytes = sum(r.num_bytes if isinstance(r, Report) else r for r in reports)
-    peak = max((r.peak_rss for r in reports if isinstance(r, Report)), default=0)
+    num_bytes = sum(report.num_bytes for report in reports)
+    peak = max((report.peak_rss for report in reports), default=0)
     memory = f", peak RSS of a worker {peak / 1e9:.2f} GB" if peak else ""
     print(f"{num_bytes:,} bytes in {seconds:.1f} s, {num_bytes / 1e9 / seconds:.2f} GB/s{memory}")

@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 
 from miles_lite.protocols import Hosted
+from miles_lite.weights.conversion import copy_extras
+from miles_lite.weights.hf_files import INDEX
 
-_INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
@@ -60,7 +61,7 @@ class HfCheckpoint:
 
 def _file_of(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index or the single file."""
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         weight_map = json.loads(index.read_text())["weight_map"]
         for file in set(weight_map.values()):
@@ -69,7 +70,7 @@ def _file_of(folder: Path) -> dict[str, str]:
         return weight_map
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise ValueError(f"{folder}: neither {_INDEX} nor model.safetensors is there")
+        raise ValueError(f"{folder}: neither {INDEX} nor model.safetensors is there")
     with safe_open(single, framework="pt") as file:
         return {name: single.name for name in file.keys()}  # noqa: SIM118 (not a dict)
 
@@ -93,11 +94,10 @@ class HfWriter:
         shutil.rmtree(self._part, ignore_errors=True)
         self._part.mkdir(parents=True)
         source = self._template.folder
-        weights = set(self._template.file_of.values())
-        for path in source.iterdir():
-            if path.is_file() and path.name not in weights:
-                shutil.copy2(path, self._part / path.name)
-        for file in weights:
+        copy_extras(source, self._part)
+        if (source / INDEX).is_file():
+            shutil.copyfile(source / INDEX, self._part / INDEX)
+        for file in set(self._template.file_of.values()):
             head, total = _read_head(source / file)
             with (self._part / file).open("wb") as out:
                 out.write(head)

@@ -20,6 +20,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+_BROKEN = (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError)
 _MAX_HEADER = 100 << 20  # what safetensors itself allows
 
 
@@ -46,7 +47,13 @@ class HfFiles:
         self.folder = folder
         files = _files(folder)
         self.tensors: dict[str, Stored] = {}
-        for file in sorted(set(files.values()) | ({SINGLE} if not files else set())):
+        known = set(files.values()) if files else {SINGLE}
+        if strays := sorted({path.name for path in folder.glob("*.safetensors")} - known):
+            raise ValueError(
+                f"{folder / strays[0]} is not named by {INDEX if files else SINGLE} ({len(strays)} "
+                "such files): move it away, or mend the index"
+            )
+        for file in sorted(known):
             self.tensors |= {
                 name: stored
                 for name, stored in read_header(folder / file).items()
@@ -95,13 +102,23 @@ def read_header(path: Path) -> dict[str, Stored]:
             found = {
                 name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()
             }
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except _BROKEN as error:
             raise ValueError(f"{path}: the header at offset 8 is corrupt ({error!r})") from None
+    at = 8 + length
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if stored.begin != at:
+            raise ValueError(
+                f"{path}: the header at offset 8 is corrupt: tensor {name!r} begins at "
+                f"{stored.begin:,}, what is before it ends at {at:,}"
+            )
+        at = stored.end
+    if at != size:
+        raise ValueError(f"{path} has {size - at:,} bytes after its last tensor, at offset {at:,}")
     return found
 
 
 def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> Stored:
-    begin, end = (data + int(offset) for offset in entry["data_offsets"])
+    begin, end = (data + entry["data_offsets"][side] for side in (0, 1))
     if entry["dtype"] not in DTYPES:
         raise ValueError(
             f"{path}: tensor {name!r} has dtype {entry['dtype']}, only {', '.join(DTYPES)} can be "
@@ -127,10 +144,11 @@ def _files(folder: Path) -> dict[str, str]:
             raise ValueError(f"{folder}: neither {INDEX} nor {SINGLE} is there")
         return {}
     try:
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
+        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        names = sorted(set(files.values()))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{index} cannot be read ({error!r})") from None
-    for file in sorted(set(files.values())):
+    for file in names:
         if Path(file).name != file or not (folder / file).is_file():
             raise ValueError(f"{index} names the file {file!r}, which is not in {folder}")
     return files

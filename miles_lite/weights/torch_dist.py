@@ -136,7 +136,12 @@ def write_chunk(out: IO[bytes], piece: Piece, tensor: torch.Tensor, file: str) -
     begin = out.tell()
     # torch.load does not check them, and the manifest has hashes
     torch.serialization.set_crc32_options(False)
-    torch.save(tensor, out)
+    try:
+        torch.save(tensor, out)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk, which torch hides on closing
+            raise error.__context__ from None
+        raise
     return Written(
         *(piece.key, piece.offsets, piece.shape, piece.global_shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
@@ -194,29 +199,13 @@ class DistCheckpoint:
         path = folder / METADATA
         try:
             metadata: Metadata = pickle.loads(path.read_bytes())
-            self.shapes = {
-                key: tuple(entry.size)
-                for key, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
+            self.shapes, self._chunks = _index(metadata)
         except FileNotFoundError:
             raise ValueError(
                 f"{folder} is no torch_dist checkpoint: it has no {METADATA}"
             ) from None
         except Exception as error:  # whatever a broken pickle raises
             raise ValueError(f"{path} cannot be read ({error!r})") from None
-        sizes = {
-            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-            for chunk in entry.chunks
-        }
-        storage: Mapping[MetadataIndex, Any] = metadata.storage_data or {}
-        self._chunks: dict[str, list[_Chunk]] = defaultdict(list)
-        for index, place in storage.items():
-            offsets = tuple(index.offset or ())
-            if (shape := sizes.get((index.fqn, offsets))) is not None:
-                self._chunks[index.fqn].append(_Chunk(offsets, shape, place))
         self._last: tuple[Any, torch.Tensor] | None = None  # a fused chunk is read part by part
 
     def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -271,6 +260,27 @@ class DistCheckpoint:
             raise ValueError(f"{path}: key {key!r} at offset {place.offset:,} is not of {shape}")
         self._last = (place, tensor)
         return tensor
+
+
+def _index(metadata: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
+    """Shapes and chunks of all keys that are tensors."""
+    entries = {
+        key: entry
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    sizes = {
+        (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+        for key, entry in entries.items()
+        for chunk in entry.chunks
+    }
+    storage: Mapping[MetadataIndex, Any] = metadata.storage_data or {}
+    chunks: dict[str, list[_Chunk]] = defaultdict(list)
+    for index, place in storage.items():
+        offsets = tuple(index.offset or ())
+        if (shape := sizes.get((index.fqn, offsets))) is not None:
+            chunks[index.fqn].append(_Chunk(offsets, shape, place))
+    return {key: tuple(entry.size) for key, entry in entries.items()}, chunks
 
 
 def _range(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from miles_lite.weights.hf import iter_segments
 from tests.trainer.conftest import Tiny
 from tests.trainer.ranks import World, run_ranks
 from tests.trainer.test_step import ONE, OPTIM, assemble, batch_for, dims, spec_of
+from tests.trainer.test_torch_dist import converted as to_dist
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,9 @@ def test_a_checkpoint_without_what_is_needed_says_so(tiny: Tiny, tmp_path: Path)
         lives([Stretch(replace(plain, algo=KL), (), load=tmp_path / "plain")])
     with pytest.raises(RuntimeError, match=r"has no policy/: it is no checkpoint of a trainer"):
         lives([Stretch(plain, (), load=tmp_path)])
+    for path in (tmp_path / "plain/policy").iterdir():
+        path.unlink()
+    converted = to_dist(tiny.folder, tmp_path / "converted")
+    shutil.copytree(converted, tmp_path / "plain/policy", dirs_exist_ok=True)
+    with pytest.raises(RuntimeError, match="holds weights only and cannot resume the optimizer"):
+        lives([Stretch(plain, (), load=tmp_path / "plain")])

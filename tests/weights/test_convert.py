@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles_lite.weights import convert
 from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, share
 from miles_lite.weights.convert import ToDist, ToHf, verify
 from miles_lite.weights.hf_files import INDEX
@@ -81,7 +82,8 @@ def test_there_and_back_every_file_is_the_same(hf: str, sharded: Path, tmp_path:
         assert len(list(source.glob("*.safetensors"))) > 3
         assert any(name.startswith("mtp.") for name in weights(source))
     manifests = [json.loads((f / "manifest.json").read_text()) for f in (dist, tmp_path / "back")]
-    assert manifests[0] == manifests[1]
+    assert manifests[0]["tensors"] == manifests[1]["tensors"]
+    assert manifests[0]["tensors"].keys() == weights(source).keys()
     assert len(list(verify(source, dist))) == len(weights(source))
 
 
@@ -96,23 +98,45 @@ def test_a_dtype_is_for_all_but_what_stays_fp32(sharded: Path, tmp_path: Path) -
     assert dist.read(router, (0,), dist.shapes[router]).dtype is torch.float32
 
 
-SPELLINGS = [("mamba", "moe", "attention"), ("linear_attention", "moe", "full_attention")]
+NAMES = ("mamba", "moe", "attention")  # which SGLang 0.5 knows, and transformers too
+SPELLINGS = [NAMES, ("linear_attention", "moe", "full_attention")]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("keep_string", [False, True])
 def test_the_pattern_is_written_for_everybody(
-    copy: Path, tmp_path: Path, spelling: tuple[str, str, str]
+    copy: Path, tmp_path: Path, spelling: tuple[str, str, str], keep_string: bool
 ) -> None:
+    from transformers import AutoConfig
+
     config = json.loads((copy / "config.json").read_text())
     words = dict(zip("ME*", spelling, strict=True))
-    config["layers_block_type"] = [words[kind] for kind in config.pop("hybrid_override_pattern")]
-    config["mtp_layers_block_type"] = ["attention", "moe"]
-    del config["mtp_hybrid_override_pattern"]
+    config["layers_block_type"] = [words[kind] for kind in config["hybrid_override_pattern"]]
+    config["mtp_layers_block_type"] = [words[kind] for kind in "*E"]
+    if not keep_string:
+        del config["hybrid_override_pattern"], config["mtp_hybrid_override_pattern"]
     (copy / "config.json").write_text(json.dumps(config))
     do(ToHf(to_dist(copy, tmp_path / "dist"), copy, tmp_path / "back"))
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert written["hybrid_override_pattern"] == "MEM*EM*E"
     assert written["mtp_hybrid_override_pattern"] == "*E"
+    names = dict(zip("ME*", NAMES, strict=True))
+    assert written["layers_block_type"] == [names[kind] for kind in "MEM*EM*E"]
+    assert written["mtp_layers_block_type"] == ["attention", "moe"]
+    read = AutoConfig.from_pretrained(tmp_path / "back")
+    assert (read.hybrid_override_pattern, read.mtp_hybrid_override_pattern) == ("MEM*EM*E", "*E")
+
+
+def test_everything_else_travels_along(copy: Path, tmp_path: Path) -> None:
+    (copy / "assets").mkdir()
+    (copy / "assets/card.png").write_bytes(b"picture")
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    (copy / ".cache").mkdir()  # what a download leaves
+    do(ToHf(to_dist(copy, tmp_path / "dist"), copy, tmp_path / "back"))
+    for folder in (tmp_path / "dist/hf", tmp_path / "back"):
+        assert (folder / "assets/card.png").read_bytes() == b"picture"
+        assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert (folder / "tokenizer.json").is_file() and not (folder / ".cache").exists()
 
 
 # ------------------------------------------------------------------ what does not go through
@@ -144,6 +168,33 @@ def integers(folder: Path) -> None:
     save_file(tensors | {name: tensors[name].to(torch.int32)}, shard(folder))
 
 
+def half(folder: Path) -> None:
+    """One tensor in fp16, all others of the folder in bf16."""
+    for file in folder.glob("*.safetensors"):
+        save_file({k: v.to(torch.bfloat16) for k, v in load_file(file).items()}, file)
+    tensors = load_file(shard(folder))
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name].to(torch.float16)}, shard(folder))
+
+
+def overlap(folder: Path) -> None:
+    """Two tensors of one shape share their bytes."""
+    raw = shard(folder).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    by_shape: dict[tuple[int, ...], str] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first = by_shape.setdefault(tuple(entry["shape"]), name)
+            entry["data_offsets"] = header[first]["data_offsets"]
+    head = json.dumps(header).encode().ljust(length)
+    shard(folder).write_bytes(raw[:8] + head[:length] + raw[8 + length :])
+
+
+def stray(folder: Path) -> None:
+    save_file({"backbone.extra": torch.ones(2)}, folder / "more.safetensors")
+
+
 def reshape(folder: Path) -> None:
     tensors = load_file(shard(folder))
     name = sorted(tensors)[0]
@@ -154,6 +205,15 @@ def edit_config(**values: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | values))
+
+    return edit
+
+
+def forget(key: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        del config[key]
+        (folder / "config.json").write_text(json.dumps(config))
 
     return edit
 
@@ -172,6 +232,16 @@ def overwrite(offset: int, data: bytes) -> Callable[[Path], None]:
     [
         (drop_tensor, r"disagree; 1 missing: backbone\."),
         (add_tensor, r"disagree; 1 unknown: backbone\.extra"),
+        (half, r"'backbone.* is torch.float16: one of them has the wrong dtype"),
+        (overlap, r"header at offset 8 is corrupt: tensor 'backbone.* begins at [\d,]+, what is"),
+        (stray, r"more\.safetensors is not named by model\.safetensors\.index\.json"),
+        (lambda f: shard(f).open("ab").write(b"junk"), r"has 4 bytes after its last tensor, at"),
+        (lambda f: os.truncate(f / INDEX, 500), r"index\.json cannot be read"),
+        (lambda f: (f / INDEX).write_text('{"weight_map": [1]}'), r"index\.json cannot be read"),
+        (lambda f: os.truncate(f / "config.json", 50), r"config\.json cannot be read"),
+        (edit_config(model_type="x"), r"config\.json: model_type is 'x'"),
+        (forget("vocab_size"), r"config\.json does not say vocab_size"),
+        (lambda f: os.truncate(f / "generation_config.json", 5), r"_config\.json cannot be read"),
         (integers, r"tensor 'backbone.* has dtype I32, only F32, BF16, F16"),
         (reshape, r"tensor 'backbone.* has shape \(\d+,\), config.json makes it \(\d+, \d+\)"),
         (lambda f: os.truncate(shard(f), 200_000), r"00001-of.* is truncated at offset 200,000"),
@@ -203,7 +273,11 @@ def test_a_rounded_conversion_is_verified_against_the_rounded_source(
 def test_a_source_that_changed_is_not_taken_for_the_one_converted(
     copy: Path, tmp_path: Path
 ) -> None:
-    to_dist(copy, tmp_path / "dist")
+    dist = to_dist(copy, tmp_path / "dist")
+    do(ToHf(dist, copy, tmp_path / "back"))
+    os.utime(dist / "release/.metadata")
+    with pytest.raises(ValueError, match="holds another conversion"):
+        ToHf(dist, copy, tmp_path / "back").prepare()
     os.utime(shard(copy))
     with pytest.raises(ValueError, match="holds another conversion"):
         ToDist(copy, tmp_path / "dist", None).prepare()
@@ -224,6 +298,15 @@ def test_a_folder_that_holds_something_else_is_left_alone(sharded: Path, tmp_pat
         ToDist(sharded, tmp_path / "dist", torch.bfloat16).prepare()
 
 
+def test_the_room_is_for_what_is_written(sharded: Path, tmp_path: Path) -> None:
+    halves, _ = ToDist(sharded, tmp_path / "half", torch.bfloat16).prepare()
+    same, largest = ToDist(sharded, tmp_path / "same", None).prepare()
+    total = sum(tensor.nbytes for tensor in weights(sharded).values())
+    assert sum(unit.num_bytes for unit in same) == total
+    assert total / 2 < sum(unit.num_bytes for unit in halves) < 0.51 * total
+    assert largest == max(tensor.nbytes for tensor in weights(sharded).values())
+
+
 def test_too_little_room_is_refused_with_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -234,31 +317,6 @@ def test_too_little_room_is_refused_with_figures(
         check_resources(tmp_path, 10, 10**9, 500)
 
 
-def test_a_full_disk_leaves_what_is_finished(
-    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
-    job = ToDist(sharded, tmp_path / "dist", None)
-    units, _ = job.prepare()
-    assert len(units) > 3
-    job.convert(units[0])
-    real = convert.write_chunk
-
-    def full(*args: Any) -> Any:
-        real(*args)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(convert, "write_chunk", full)
-    with pytest.raises(OSError, match="No space left"):
-        job.convert(units[1])
-    monkeypatch.undo()
-    monkeypatch.setattr(convert, "MIN_UNIT", 200_000)
-    assert [done(job.out, unit) for unit in units[:2]] == [True, False]
-    assert [path.name for path in (job.out / "release").iterdir()] == [units[0].file]
-    do(job)
-    assert len(list(verify(sharded, tmp_path / "dist"))) == len(weights(sharded))
-
-
 def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
     dist = to_dist(sharded, tmp_path / "dist")
     file = max((dist / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -266,11 +324,76 @@ def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
     name, tensor = max(weights(sharded).items(), key=lambda item: item[1].numel())
     data[data.index(bytes(tensor.flatten()[:8].view(torch.uint8))) + 3] ^= 1
     file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"tensor '{name}' is not what manifest.json says"):
+        list(verify(sharded, dist))
+    with pytest.raises(ValueError, match=f"tensor '{name}' is not what manifest.json says"):
+        do(ToHf(dist, sharded, tmp_path / "back"))
+    (dist / "manifest.json").unlink()  # as of a folder that others wrote
     with pytest.raises(ValueError, match=f"'{name}' differs between|is corrupt"):
         list(verify(sharded, dist))
     os.truncate(file, len(data) // 2)
     with pytest.raises(ValueError, match=r"__\d+_0\.distcp is truncated at offset [\d,]+: key '"):
         list(verify(sharded, dist))
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "metadata.json", "__extra_0.distcp"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+def test_small_files_are_checked_too(sharded: Path, tmp_path: Path, file: str, how: str) -> None:
+    victim = to_dist(sharded, tmp_path / "dist") / "release" / file
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data if how == "flipped" else data[: len(data) // 2])
+    if how == "missing":
+        victim.unlink()
+    with pytest.raises(ValueError, match=f"{file} (is not what manifest.json|cannot be)|has no "):
+        list(verify(sharded, tmp_path / "dist"))
+    with pytest.raises(ValueError, match=f"{file} (is not what manifest.json|cannot be)|has no "):
+        ToHf(tmp_path / "dist", sharded, tmp_path / "back").prepare()
+
+
+def test_a_manifest_that_changed_is_named(sharded: Path, tmp_path: Path) -> None:
+    dist = to_dist(sharded, tmp_path / "dist")
+    text = (dist / "manifest.json").read_text()
+    for broken in (text[:1000], text.replace('"dist": "', '"dist": "f', 1)):
+        (dist / "manifest.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"manifest\.json (cannot be read|says)"):
+            list(verify(sharded, dist))
+
+
+def test_a_source_with_a_manifest_is_checked_against_it(sharded: Path, tmp_path: Path) -> None:
+    """HF files have no checksums, but the folders that a conversion wrote have."""
+    do(ToHf(to_dist(sharded, tmp_path / "dist"), sharded, tmp_path / "back"))
+    data = bytearray(shard(tmp_path / "back").read_bytes())
+    data[-1] ^= 1
+    shard(tmp_path / "back").write_bytes(data)
+    with pytest.raises(ValueError, match=r"back: tensor 'backbone.* is not what manifest.json"):
+        to_dist(tmp_path / "back", tmp_path / "again")
+
+
+def test_keys_that_the_model_does_not_have_are_not_dropped(copy: Path, tmp_path: Path) -> None:
+    dist = to_dist(copy, tmp_path / "dist")
+    shorter = tmp_path / "shorter"
+    words = ("--set", "num_nextn_predict_layers=1", "--pattern", "MEM*EM*")
+    make(shorter, *words)
+    with pytest.raises(
+        ValueError, match=r"keys are unknown to the layer pattern 'MEM\*EM\*'.*\.7\."
+    ):
+        ToHf(dist, shorter, tmp_path / "back").prepare()
+
+
+def test_mtp_may_be_absent_from_torch_dist(copy: Path, tmp_path: Path) -> None:
+    """As from what stock megatron-core 0.16 wrote; verify says what it did not compare."""
+    plain = make(tmp_path / "plain", "--set", "num_nextn_predict_layers=0")
+    dist = to_dist(plain, tmp_path / "dist")
+    merged = dict(weights(plain))
+    for file in copy.glob("*.safetensors"):
+        save_file({k: merged.get(k, v) for k, v in load_file(file).items()}, file)
+    compared = {name: done for name, _, done in verify(copy, dist)}
+    assert {name for name, done in compared.items() if not done} == {
+        name for name in compared if name.startswith("mtp.")
+    }
+    do(ToHf(dist, copy, tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(copy)
 
 
 def test_what_is_no_checkpoint_says_so(sharded: Path, tmp_path: Path) -> None:
@@ -300,7 +423,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("large") / "hf", "--shard-gb", "0.1", "--set", *words)
 
 
-def command(hf: Path, out: Path, *words: str) -> subprocess.Popen[str]:
+def command(
+    hf: Path, out: Path, *words: str, max_file_bytes: int = resource.RLIM_INFINITY
+) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "miles_lite.cli", "convert", "hf-to-dist"]
     return subprocess.Popen(
         [*line, "--hf", str(hf), "--out", str(out), *words],
@@ -309,6 +434,7 @@ def command(hf: Path, out: Path, *words: str) -> subprocess.Popen[str]:
         text=True,
         cwd=PROJECT,
         start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, -1)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -329,6 +455,46 @@ def test_killed_it_goes_on_where_it_was(large: Path, tmp_path: Path) -> None:
     assert len(list(verify(large, out))) == len(weights(large))
     output, _ = command(large, out).communicate(timeout=120)
     assert "is complete: nothing to do" in output
+
+
+def test_a_disk_that_takes_no_more_leaves_what_is_finished(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    units, _ = ToDist(large, out, None).prepare()
+    sizes = sorted(unit.num_bytes for unit in units)
+    limit = (sizes[0] + sizes[1]) // 2  # the smallest file goes through
+    process = command(large, out, max_file_bytes=limit)
+    output = " ".join(process.communicate(timeout=120)[0].split())
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "File too large; what is finished stays, the same command goes on" in output
+    left = {str(path.relative_to(out)) for path in (out / "release").iterdir()}
+    assert left == {unit.file for unit in units if done(out, unit)}
+    assert command(large, out).wait(timeout=120) == 0
+    assert len(list(verify(large, out))) == len(weights(large))
+
+
+def test_no_worker_outlives_a_killed_rank(large: Path, tmp_path: Path) -> None:
+    """The rank that comes back would write the same files at the same time."""
+    process = command(large, tmp_path / "dist", "--workers", "2")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("dist/.progress/__*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.kill()  # alone, as the kernel does when memory runs out
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_a_finished_file_that_is_gone_is_made_again(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    command(large, out).communicate(timeout=120)
+    first, second, *_ = sorted((out / "release").glob("__*_0.distcp"))
+    first.unlink()
+    os.truncate(second, 1000)
+    output, _ = command(large, out).communicate(timeout=120)
+    assert "to write" in output
+    assert len(list(verify(large, out))) == len(weights(large))
 
 
 def test_two_ranks_share_the_work(large: Path, tmp_path: Path) -> None:

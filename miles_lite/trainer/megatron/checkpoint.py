@@ -34,6 +34,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import Optimizer
+from miles_lite.weights.torch_dist import DistCheckpoint
 
 
 def save(
@@ -71,6 +72,11 @@ def load(
     """
     if not (folder / "policy").is_dir():
         raise ValueError(f"{folder} has no policy/: it is no checkpoint of a trainer")
+    if not any("optimizer" in key for key in DistCheckpoint(folder / "policy").shapes):
+        raise ValueError(
+            f"{folder} holds weights only and cannot resume the optimizer: a new run starts from "
+            "them if `miles-lite convert dist-to-hf` makes them an HF folder, for model.path"
+        )
     if reference:
         if not (folder / "reference").is_dir():
             raise ValueError(
