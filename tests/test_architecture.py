@@ -20,8 +20,9 @@ LEVELS = (
     "types protocols config foreign compose metrics log device parallel environment stop "
     "checkpoints claim orphan",
     "algo data models",
-    "weights cluster planner",
+    "weights cluster",
     "trainer rollout run report console summary",
+    "planner",
     "build",
     "resume",
     "train evaluate",

@@ -11,9 +11,11 @@ from importlib import metadata
 from miles_lite.config import Config, ConfigError
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-
-# what megatron's Mamba mixer hard-codes as epsilon of its gated norm
-_GATED_NORM_EPS = 1e-5
+from miles_lite.trainer.megatron.limits import (
+    divisors,
+    refuse_lost_expert_gradients,
+    refuse_what_megatron_changes,
+)
 
 
 def check(cfg: Config, model: NemotronH) -> None:
@@ -39,44 +41,13 @@ def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
     refuse_lost_expert_gradients(dims, metadata.version("megatron-core"))
 
 
-def refuse_what_megatron_changes(model: NemotronH, dims: ParallelDims) -> None:
-    """Refuse what megatron would compute differently from the checkpoint's own code, or drop."""
-    if model.norm_eps != _GATED_NORM_EPS:
-        raise ConfigError(
-            f"norm_eps = {model.norm_eps}: megatron's Mamba mixer knows {_GATED_NORM_EPS} only"
-        )
-    if model.num_experts and (not model.norm_topk_prob or model.top_k == 1):
-        raise ConfigError(
-            f"norm_topk_prob = {model.norm_topk_prob} with top_k = {model.top_k}: megatron always "
-            "normalises the chosen experts' weights, and only if there are several"
-        )
-    # megatron would drop the last layers
-    _divides("parallel.pp", dims.pp, "layers of the pattern", model.num_layers)
-
-
-def refuse_lost_expert_gradients(dims: ParallelDims, megatron_version: str) -> None:
-    """Refuse a layout whose gradients this megatron-core silently gets wrong.
-
-    Before 0.19, experts that are neither cut by tensor parallelism nor spread over expert
-    parallelism are taken for ordinary replicated weights, and the gradients that tensor-parallel
-    ranks computed from their own tokens are never summed.
-    """
-    release = tuple(int(part) for part in megatron_version.split(".")[:2])
-    if dims.tp > 1 and dims.ep == 1 and dims.expert_tp != dims.tp and release < (0, 19):
-        raise ConfigError(
-            f"parallel.tp = {dims.tp} with ep = 1 and expert_tp = {dims.expert_tp}: megatron-core "
-            f"{megatron_version} would lose expert gradients. Set parallel.expert_tp = {dims.tp}, "
-            "or ep > 1, or use megatron-core 0.19 or newer"
-        )
-
-
 def _check_expert_grid(dims: ParallelDims) -> None:
     ranks = dims.tp * dims.dp
     if ranks % (dims.ep * dims.expert_tp):
         raise ConfigError(
             f"parallel.ep x expert_tp = {dims.ep} x {dims.expert_tp} does not divide the "
             f"{ranks} ranks of a pipeline stage (tp x dp = {dims.tp} x {dims.dp}); "
-            f"ep x expert_tp may be {_divisors(ranks)}"
+            f"ep x expert_tp may be {divisors(ranks)}"
         )
 
 
@@ -91,7 +62,7 @@ def _check_tensor_parallel(key: str, tp: int, model: NemotronH) -> None:
         if kv % tp and tp % kv:
             raise ConfigError(
                 f"{key} = {tp} and {kv} key-value heads: one must divide the other; "
-                f"{key} may be {_divisors(model.num_heads)}"
+                f"{key} may be {divisors(model.num_heads)}"
             )
     if "E" in model.pattern:
         _divides(key, tp, "shared expert width", model.shared_ffn_size)
@@ -238,11 +209,5 @@ def warnings(cfg: Config) -> list[str]:
 def _divides(key: str, value: int, what: str, amount: int) -> None:
     if amount % value:
         raise ConfigError(
-            f"{key} = {value} does not divide the {amount} {what}; it may be {_divisors(amount)}"
+            f"{key} = {value} does not divide the {amount} {what}; it may be {divisors(amount)}"
         )
-
-
-def _divisors(number: int) -> str:
-    """The first few divisors, for a message."""
-    found = [str(d) for d in range(1, min(number, 4096) + 1) if number % d == 0]
-    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miles_lite.protocols import Hosted
-from miles_lite.weights.hf import iter_segments
-from miles_lite.weights.table import HfTensor
+from miles_lite.weights.table import HfTensor, iter_segments
 
 
 @dataclass(frozen=True, slots=True)

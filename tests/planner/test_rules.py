@@ -12,6 +12,7 @@ from miles_lite.config import ConfigError
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
 from miles_lite.planner import rules
+from miles_lite.trainer.megatron.limits import refuse_lost_expert_gradients
 
 TINY = compose(["experiment=tiny"])
 MODEL = NemotronH.from_folder(TINY.model.path)
@@ -105,9 +106,9 @@ def test_lost_expert_gradients_are_refused_where_megatron_loses_them() -> None:
     """Tensor-parallel ranks with whole experts: silently wrong below megatron-core 0.19."""
     lossy = ParallelDims(tp=2, pp=1, dp=1, ep=1, expert_tp=1)
     with pytest.raises(ConfigError, match=r"parallel\.expert_tp = 2, or ep > 1"):
-        rules.refuse_lost_expert_gradients(lossy, "0.16.1")
-    rules.refuse_lost_expert_gradients(lossy, "0.19.2")
+        refuse_lost_expert_gradients(lossy, "0.16.1")
+    refuse_lost_expert_gradients(lossy, "0.19.2")
     for fine in (replace(lossy, expert_tp=2), replace(lossy, ep=2), replace(lossy, tp=1)):
-        rules.refuse_lost_expert_gradients(fine, "0.16.1")
+        refuse_lost_expert_gradients(fine, "0.16.1")
     with pytest.raises(ConfigError):
-        rules.refuse_lost_expert_gradients(replace(lossy, tp=4, expert_tp=2), "0.18.0")
+        refuse_lost_expert_gradients(replace(lossy, tp=4, expert_tp=2), "0.18.0")

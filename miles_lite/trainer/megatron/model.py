@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.planner.rules import refuse_lost_expert_gradients, refuse_what_megatron_changes
 from miles_lite.trainer.megatron.layers import stack_spec
+from miles_lite.trainer.megatron.limits import (
+    refuse_lost_expert_gradients,
+    refuse_what_megatron_changes,
+)
 
 # names of a mixer's parameters, and of a router's buffer, that stay fp32 in a bf16 model: rounded,
 # they change which experts are chosen and how fast the state decays

@@ -22,7 +22,7 @@ from miles_lite.types import MicroBatch
 from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.plan import Route
-from miles_lite.weights.table import trainer_layout
+from miles_lite.weights.table import iter_segments, trainer_layout
 from miles_lite.weights.transport import Slots, bucket_bytes, pack, source_checksums
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -198,7 +198,6 @@ class MegatronWorker:
 
     def export_hf(self, folder: Path, owned: Sequence[tuple[str, int, int]]) -> None:
         """Write this rank's share of an HF checkpoint: `owned` lists (tensor, start, stop) rows."""
-        from miles_lite.weights.hf import iter_segments
 
         writer = HfWriter(folder, HfCheckpoint(self._spec.model_path))
         mine = set(owned)
