@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from miles_lite.algo.credit import CreditSettings
@@ -130,7 +131,7 @@ def start(cfg: Config, inputs: Inputs) -> Iterator[Parts]:
             prompts=PromptSource(inputs.sources, weights, derive_seed(cfg.seed, "prompts")),
             eval_sets=_eval_sets(cfg, inputs),
             credit=CreditSettings.of(cfg),
-            packing=_packing(cfg, inputs.model),
+            packing=PackSettings.of(cfg, partial(train_flops, inputs.model)),
         )
 
 
@@ -143,18 +144,6 @@ def _rollout(cfg: Config, sampling: Sampling) -> RolloutSettings:
         over_sampling=cfg.rollout.over_sampling,
         resample=cfg.reward.invalid == "resample",
         timeout_s=cfg.rollout.timeout_s,
-    )
-
-
-def _packing(cfg: Config, model: NemotronH) -> PackSettings:
-    return PackSettings(
-        dp=cfg.parallel.dp,
-        global_batch=cfg.train.global_batch,
-        max_tokens=cfg.train.max_tokens_per_micro_batch,
-        aggregation=cfg.algo.aggregation,
-        aggregation_constant=cfg.algo.aggregation_constant or cfg.rollout.max_response_tokens,
-        train_zero_advantage=cfg.algo.train_zero_advantage,
-        cost=lambda num_tokens: train_flops(model, num_tokens),
     )
 
 
