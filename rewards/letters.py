@@ -7,5 +7,5 @@ from __future__ import annotations
 
 
 def letters(response: str, label: str) -> float:
-    """The share of ASCII letters among the characters, 0 for an empty answer. The label is unused."""
+    """The share of ASCII letters among the characters; the label is unused."""
     return sum(c.isascii() and c.isalpha() for c in response) / max(1, len(response))

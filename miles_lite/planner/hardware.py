@@ -23,25 +23,27 @@ class Facts:
 
     devices_per_node: float = _means("devices of one host")
     device_bytes: float = _means("memory of a device")
-    host_bytes: float = _means("memory of a host")
-    disk_bytes: float = _means("room on the file system that all hosts see")
     flops: float = _means("dense bf16 operations a second of a device")
     device_bytes_s: float = _means("bandwidth of a device's memory")
     nvlink_bytes_s: float = _means("from a device to others of its host")
     network_bytes_s: float = _means("from a device to other hosts")
     pcie_bytes_s: float = _means("between a device and its host")
-    host_bytes_s: float = _means("bandwidth of a host's memory, of all its devices together")
-    disk_bytes_s: float = _means("of that file system, all hosts together")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assumed:
+    host_bytes: float = _means("memory of a host")
+    disk_bytes: float = _means("room on the file system that all hosts see")
+    host_bytes_s: float = _means("bandwidth of a host's memory, of all its devices together")
+    disk_bytes_s: float = _means("of that file system, all hosts together")
     train_mfu: float = _means("share of the peak that a stage reaches while it trains")
     score_mfu: float = _means("share of the peak in passes without gradients, and in prefill")
     link_efficiency: float = _means("share of a link's bandwidth that exchanges reach")
     decode_efficiency: float = _means("share of memory bandwidth that decoding reaches")
     engine_step_s: float = _means("scheduling and sampling of one decode step")
-    collective_s: float = _means("latency of one small collective of an engine")
+    collective_s: float = _means(
+        "latency of a small collective of an engine, times log2 of its ranks"
+    )
     expert_imbalance: float = _means("tokens of the busiest rank's experts over the mean")
     mean_response_share: float = _means("mean answer over the longest allowed; lengths even")
     mean_prompt_tokens: float = _means("mean length of a prompt")

@@ -331,9 +331,9 @@ def shortages(sizes: Sizes) -> list[Shortage]:
         for node in range(0, dims.world_size, sizes.hardware.devices_per_node):
             needed = total(host_items(sizes, phase, *on_node(sizes, node)))
             where = f"host {node // sizes.hardware.devices_per_node}"
-            found.append((phase, where, needed, int(sizes.hardware.facts.host_bytes)))
+            found.append((phase, where, needed, int(sizes.hardware.assumed.host_bytes)))
     disk = total(disk_items(sizes))
-    found.append(("save", "shared disk", disk, int(sizes.hardware.facts.disk_bytes)))
+    found.append(("save", "shared disk", disk, int(sizes.hardware.assumed.disk_bytes)))
     lacks = [
         Shortage(phase, where, needed - there, needed, there)
         for phase, where, needed, there in found

@@ -40,9 +40,10 @@ def search(cfg: Config, model: NemotronH, hardware: Hardware, count: int = 10) -
         for a in trainers
         for b in engines
     ]
+    chosen = _fastest(cfg, model, hardware, pairs, count)
     best = [
         Layout(changes(cfg, pair), _step_s(found, exact=True))
-        for pair in _fastest(cfg, model, hardware, pairs, count)
+        for pair in [*chosen, *([] if cfg in chosen else [cfg])]
         if (found := _fitting(pair, model, hardware))
     ]
     return sorted(best, key=lambda layout: layout.step_s)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, log2
 
 from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.models.flops import forward_flops, train_flops
@@ -304,7 +304,7 @@ def _optimizer(sizes: Sizes) -> tuple[float, float]:
         sum(stage.num_optimized for stage in on_node(sizes, rank)[0])
         for rank in range(0, sizes.cfg.parallel.dims.world_size, sizes.hardware.devices_per_node)
     )
-    host_s = touched * per_host / facts.host_bytes_s
+    host_s = touched * per_host / sizes.hardware.assumed.host_bytes_s
     copied = Links(pcie=4 * max(stage.num_optimized for stage in sizes.stages))
     link_s = 2 * copied.seconds(sizes.hardware, sizes.hardware.assumed.link_efficiency)
     return max(host_s, copied.seconds(sizes.hardware)), host_s + link_s
@@ -344,7 +344,7 @@ def _generate(sizes: Sizes) -> PhaseTime:
     floor = read_bytes / hardware.facts.device_bytes_s
     parts = {
         "reading memory": floor / hardware.assumed.decode_efficiency,
-        "collectives": steps * _collectives(sizes) * hardware.assumed.collective_s,
+        "collectives": steps * _hops(sizes) * hardware.assumed.collective_s,
         "scheduling": steps * hardware.assumed.engine_step_s,
         "prompts": prompts / speed / hardware.assumed.score_mfu,
         "entering": out.seconds(hardware, hardware.assumed.link_efficiency)
@@ -367,11 +367,11 @@ def _decode_bytes(sizes: Sizes, alive: float, position: int) -> float:
     return dense + met * expert_bytes + alive * caches
 
 
-def _collectives(sizes: Sizes) -> int:
-    """Of an engine in one decode step."""
+def _hops(sizes: Sizes) -> float:
+    """Of all collectives of an engine in one decode step, each as deep as a tree of its ranks."""
     dims, pattern = sizes.cfg.rollout.engine.dims, sizes.model.pattern
     cut = sum(pattern.count(kind) for kind in "M*-") + 2  # and both ends
-    return cut * (dims.attn_tp > 1) + 2 * pattern.count("E") * (dims.tp > 1)
+    return cut * log2(dims.attn_tp) + 2 * pattern.count("E") * log2(dims.tp)
 
 
 def _sync(sizes: Sizes, sync: SyncTraffic) -> PhaseTime:
@@ -390,7 +390,7 @@ def _save(sizes: Sizes) -> tuple[float, PhaseTime]:
     """(seconds of one checkpoint, a step's share of it)."""
     checkpoints = [item for item in disk_items(sizes) if item.what == "checkpoints"]
     num_bytes = total(checkpoints) / (sizes.cfg.checkpoint.keep + 1)
-    seconds, every = num_bytes / sizes.hardware.facts.disk_bytes_s, sizes.cfg.checkpoint.every
+    seconds, every = num_bytes / sizes.hardware.assumed.disk_bytes_s, sizes.cfg.checkpoint.every
     share = 1 / every if every else 0.0
     estimate = seconds / sizes.hardware.assumed.link_efficiency
     parts = {"writing": estimate * share}

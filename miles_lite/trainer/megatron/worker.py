@@ -70,7 +70,7 @@ class MegatronWorker:
         self._weights = named_weights(ddp.module)
         self._optimizer = optimizer.Optimizer(ddp, spec.optim, self._dtype)
         self._optimizer.reload_masters()
-        self._memory = memory.DeviceMemory(ddp, self._device)
+        self._memory = memory.DeviceMemory(ddp, self._device, self._optimizer.storages)
         self._ddp = ddp
         self._reference: list[torch.Tensor] = []
         if spec.algo.needs_reference:
@@ -112,7 +112,7 @@ class MegatronWorker:
         return self.held_bytes()
 
     def held_bytes(self) -> dict[str, int]:
-        return {**self._memory.held_bytes(), "optimizer": self._optimizer.state_bytes()}
+        return self._memory.held_bytes()
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
         """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
@@ -128,6 +128,7 @@ class MegatronWorker:
         """
         from miles_lite.trainer.megatron import checkpoint
 
+        self._memory.take_optimizer()
         writer = checkpoint.Writer(asynchronous)
         checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
         self._writer = writer
@@ -140,6 +141,7 @@ class MegatronWorker:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
         from miles_lite.trainer.megatron import checkpoint
 
+        self._memory.take_optimizer()
         checkpoint.load(folder, self._ddp, self._optimizer, self._reference, same_layout)
 
     def digests(self, folder: Path, files: Sequence[str]) -> dict[str, str]:
