@@ -23,6 +23,7 @@ from miles_lite.trainer.megatron.limits import (
     refuse_lost_expert_gradients,
     refuse_what_megatron_changes,
 )
+from miles_lite.trainer.megatron.recompute import recompute_layers
 
 # names of a mixer's parameters, and of a router's buffer, that stay fp32 in a bf16 model: rounded,
 # they change which experts are chosen and how fast the state decays
@@ -96,6 +97,7 @@ def build_model(model: NemotronH, config: Any) -> nn.Module:
         **pattern,
     )
     _keep_fp32(module, config.params_dtype)
+    recompute_layers(module.decoder)
     if module.post_process:
         module.output_layer.forward = _pass_hidden  # pyright: ignore[reportAttributeAccessIssue]
     return module
