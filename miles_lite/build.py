@@ -23,6 +23,7 @@ from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.models.flops import train_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
+from miles_lite.planner.plan import Expected
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, RolloutSettings, derive_seed
 from miles_lite.rollout.probes import CLOSE, Kind
@@ -50,6 +51,7 @@ class Parts:
     eval_sets: Sequence[EvalSet]
     credit: CreditSettings
     packing: PackSettings
+    expected: Expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def read(cfg: Config) -> Inputs:
 def start(cfg: Config, inputs: Inputs) -> Iterator[Parts]:
     """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving."""
     device = _device(cfg)
+    expected = Expected.of(replace(cfg, cluster=replace(cfg.cluster, device=device)), inputs.model)
     with contextlib.ExitStack() as stack:
         bundles = stack.enter_context(
             session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
@@ -132,6 +135,7 @@ def start(cfg: Config, inputs: Inputs) -> Iterator[Parts]:
             eval_sets=_eval_sets(cfg, inputs),
             credit=CreditSettings.of(cfg),
             packing=PackSettings.of(cfg, partial(train_flops, inputs.model)),
+            expected=expected,
         )
 
 

@@ -195,14 +195,36 @@ def with_devices(cfg: Config, num_devices: int) -> Config:
     )
 
 
-def against(planned: Mapping[str, int], measured: Metrics) -> Metrics:
-    """plan/memory/...: measured over planned bytes of everything a run measures."""
-    return {
-        f"plan/{name.removesuffix('_bytes')}": measured[name] / num_bytes
-        for name, num_bytes in planned.items()
-        if num_bytes and name in measured
-    }
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a run should measure, under its own metric names."""
 
+    num_bytes: Mapping[str, int]  # exact
+    seconds: Mapping[str, float]  # estimates
 
-def planned_bytes(cfg: Config, model: NemotronH) -> Mapping[str, int]:
-    return held(sizes(cfg, model, Hardware.named(cfg.cluster.hardware)))
+    @classmethod
+    def of(cls, cfg: Config, model: NemotronH) -> Expected:
+        planned = sizes(cfg, model, Hardware.named(cfg.cluster.hardware))
+        step = step_time(planned, sync_traffic(sync_flows(cfg, model), planned.hardware))
+        times = {phase.phase: phase.estimate_s for phase in step.phases}
+        seconds = {
+            "perf/rollout_time": times["generate"],
+            "perf/train_time": times["score"] + times["train"],
+            "perf/update_weights_time": times["sync"],
+            "perf/step_time": step.estimate_s - times["save"],
+        }
+        return cls(held(planned), seconds)
+
+    def against(self, measured: Metrics) -> Metrics:
+        """plan/...: measured over planned. Where nothing is planned, the bytes measured."""
+        bytes_ = {
+            f"plan/{name}": measured[name] / max(1, planned)
+            for name, planned in self.num_bytes.items()
+            if name in measured
+        }
+        times = {
+            f"plan/{name}": measured[name] / planned
+            for name, planned in self.seconds.items()
+            if name in measured
+        }
+        return bytes_ | times
