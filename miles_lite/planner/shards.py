@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from miles_lite.config import Config
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.parallel import EngineDims, ParallelDims
-from miles_lite.protocols import Hosted
+from miles_lite.parallel import ParallelDims
+from miles_lite.protocols import Hosted, Segment
 from miles_lite.rollout.embedded import layout
 from miles_lite.weights.plan import sync_plan
 from miles_lite.weights.table import HfTensor, hf_tensors, mtp_tensors, trainer_layout
@@ -149,27 +149,28 @@ def stages(model: NemotronH, dims: ParallelDims, dtype: str) -> tuple[Stage, ...
 # ------------------------------------------------------------------ engines
 
 
-def engine_hosted(
-    model: NemotronH, dims: EngineDims, rank: int, shared_over_all: bool
-) -> list[Hosted]:
-    """What an engine rank hosts. SGLang cuts shared experts and the output layer over all ranks,
-    the embedded engine over an attention group."""
+def engine_hosted(cfg: Config, model: NemotronH, rank: int) -> list[Hosted]:
+    """What an engine rank hosts of `model`. SGLang cuts the output layer and shared experts over
+    all ranks, where the embedded engine cuts them over an attention group; with one of its
+    all-to-all back-ends shared experts are whole on every rank."""
+    engine, dims = cfg.rollout.engine, cfg.rollout.engine.dims
     hosted = [h for param in layout.params(model, dims, rank) for h in param.hosted]
-    if not shared_over_all or dims.dp == 1:
+    if engine.backend == "embedded":
         return hosted
-    part = dims.dp_rank(rank)
-    return [
-        replace(
-            h,
-            segments=tuple(
-                replace(
-                    s,
-                    start=s.start + len(s) * part // dims.dp,
-                    stop=s.start + len(s) * (part + 1) // dims.dp,
-                )
-                for s in h.segments
-            ),
+    whole = engine.sglang.get("moe_a2a_backend", "none") != "none"
+
+    def cut(segment: Segment, shared: bool) -> Segment:
+        if shared and whole:
+            return replace(segment, start=0, stop=model.shared_ffn_size)
+        first, part = dims.dp_rank(rank), len(segment) // dims.dp
+        return replace(
+            segment,
+            start=segment.start + first * part,
+            stop=segment.start + (first + 1) * part,
         )
+
+    return [
+        replace(h, segments=tuple(cut(s, "shared_" in h.param) for s in h.segments))
         if "shared_" in h.param or h.param == "lm_head"
         else h
         for h in hosted
@@ -181,17 +182,11 @@ def engine_size(cfg: Config, model: NemotronH) -> tuple[int, int]:
     dims = cfg.rollout.engine.dims
     coarse = Coarse.of(model, dims.ep)
     num_params = num_bytes = 0
-    for hosted in engine_hosted(coarse.model, dims, 0, shared_over_all(cfg)):
+    for hosted in engine_hosted(cfg, coarse.model, 0):
         numel, fp32 = coarse.numel(hosted), coarse.tensors[hosted.segments[0].tensor].fp32
         num_params += 0 if hosted.param.endswith("correction_bias") else numel
         num_bytes += numel * (4 if fp32 else ELEMENT_BYTES[cfg.model.dtype])
     return num_params, num_bytes
-
-
-def shared_over_all(cfg: Config) -> bool:
-    """With an all-to-all back-end of SGLang shared experts are whole on every rank of a group."""
-    engine = cfg.rollout.engine
-    return engine.backend == "sglang" and engine.sglang.get("moe_a2a_backend", "none") == "none"
 
 
 def sync_flows(cfg: Config, model: NemotronH) -> dict[tuple[int, int], int]:
@@ -209,10 +204,7 @@ def sync_flows(cfg: Config, model: NemotronH) -> dict[tuple[int, int], int]:
         for stage in range(dims.pp)
         for i, kind in enumerate(kinds)
     }
-    of_engine = [
-        engine_hosted(coarse.model, engine.dims, rank, shared_over_all(cfg))
-        for rank in range(engine.tp)
-    ]
+    of_engine = [engine_hosted(cfg, coarse.model, rank) for rank in range(engine.tp)]
     targets = of_engine * engine.num_engines
     routes = sync_plan(
         coarse.tensors,
