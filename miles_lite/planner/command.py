@@ -62,7 +62,9 @@ def run(words: Sequence[str]) -> None:
         way_out = _hopeless(plan.num_devices)
         if change:
             way_out = f"it fits with {' '.join(change.changes)}"
-        raise DoesNotFit("\n".join(["it does not fit:", *map(str, plan.shortages[:5]), way_out]))
+        # the worst of each phase and kind of place
+        worst = {(s.phase, s.where.split()[0]): str(s) for s in reversed(plan.shortages)}
+        raise DoesNotFit("\n".join(["it does not fit:", *worst.values(), way_out]))
 
 
 def _verify(cfg: Config, model: NemotronH) -> str:

@@ -115,7 +115,7 @@ def _divisors(number: int) -> list[int]:
 def smallest_change(cfg: Config, model: NemotronH, hardware: Hardware) -> Layout | None:
     """The fewest keys that make the run fit, on the same devices; of equal ones the fastest.
 
-    First single settings that cost time or length, then layouts.
+    First settings that leave what is learnt alone, then layouts, then shorter answers.
     """
     for candidates in (_settings(cfg), _trainers(cfg, model), _engines(cfg, model)):
         found = [
@@ -125,27 +125,31 @@ def smallest_change(cfg: Config, model: NemotronH, hardware: Hardware) -> Layout
         ]
         if found:
             return min(found, key=lambda layout: (len(layout.changes), layout.step_s))
-    pairs = search(cfg, model, hardware, 3)
-    return min(pairs, key=lambda layout: len(layout.changes), default=None)
+    pairs = [layout for layout in search(cfg, model, hardware, 3) if layout.changes]
+    if pairs:
+        return min(pairs, key=lambda layout: len(layout.changes))
+    for tenths in range(9, 0, -1):
+        shorter = max(1, cfg.rollout.max_response_tokens * tenths // 10)
+        other = replace(cfg, rollout=replace(cfg.rollout, max_response_tokens=shorter))
+        if found := _fitting(other, model, hardware):
+            return Layout(changes(cfg, other), _step_s(found, exact=False))
+    return None
 
 
 def _settings(cfg: Config) -> Iterator[Config]:
-    train, rollout, engine = cfg.train, cfg.rollout, cfg.rollout.engine
+    train, engine = cfg.train, cfg.rollout.engine
     yield replace(cfg, train=replace(train, megatron={**train.megatron, **RECOMPUTE}))
     yield replace(cfg, optim=replace(cfg.optim, cpu_offload=not cfg.optim.cpu_offload))
     yield replace(cfg, train=replace(train, max_tokens_per_micro_batch=longest(cfg)))
     chunk = min(128, train.logprob_chunk_tokens)
     yield replace(cfg, train=replace(train, logprob_chunk_tokens=chunk))
     yield replace(cfg, checkpoint=replace(cfg.checkpoint, keep=1))
-    for share in range(2, 9):
-        fewer = max(1, engine.max_running * (10 - share) // 10)
+    for percent in (90, 80, 70, 60, 50, 40, 30, 20, 10, 5, 2, 1):
+        fewer = max(1, engine.max_running * percent // 100)
         yield _with_engine(cfg, replace(engine, max_running=fewer))
-        shorter = rollout.max_response_tokens * (10 - share) // 10
-        yield replace(cfg, rollout=replace(rollout, max_response_tokens=max(1, shorter)))
         if engine.backend == "sglang":
-            for fraction in (0.9 - share / 10, 0.95 - share / 10):
-                options = {**engine.sglang, "mem_fraction_static": round(fraction + 0.1, 2)}
-                yield _with_engine(cfg, replace(engine, sglang=options))
+            options = {**engine.sglang, "mem_fraction_static": percent / 100}
+            yield _with_engine(cfg, replace(engine, sglang=options))
 
 
 def _with_engine(cfg: Config, engine: EngineConfig) -> Config:
