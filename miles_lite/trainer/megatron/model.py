@@ -44,7 +44,8 @@ def transformer_config(
     from megatron.core import __version__
     from megatron.core.transformer import TransformerConfig
 
-    refuse_lost_expert_gradients(dims, __version__)
+    if model.num_experts:
+        refuse_lost_expert_gradients(dims, __version__)
     refuse_what_megatron_changes(model, dims)
     derived = _of_model(model) | _of_layout(dims, dtype)
     chosen = _defaults(torch.cuda.is_available())
