@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.models.flops import train_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
+from miles_lite.planner.plan import Expected
 from miles_lite.protocols import Engine
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, RolloutSettings, derive_seed
@@ -49,6 +51,7 @@ class Parts:
     eval_sets: Sequence[EvalSet]
     credit: CreditSettings
     packing: PackSettings
+    expected: Expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
     """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving.
     Servers log to `log_folder`."""
     device = _device(cfg)
+    expected = Expected.of(replace(cfg, cluster=replace(cfg.cluster, device=device)), inputs.model)
     with contextlib.ExitStack() as stack:
         bundles = stack.enter_context(
             session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
@@ -150,7 +154,8 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
             prompts=PromptSource(inputs.sources, weights, derive_seed(cfg.seed, "prompts")),
             eval_sets=_eval_sets(cfg, inputs),
             credit=CreditSettings.of(cfg),
-            packing=_packing(cfg, inputs.model),
+            packing=PackSettings.of(cfg, partial(train_flops, inputs.model)),
+            expected=expected,
         )
 
 
@@ -164,18 +169,6 @@ def _rollout(cfg: Config, inputs: Inputs) -> RolloutSettings:
         over_sampling=cfg.rollout.over_sampling,
         invalid=cfg.reward.invalid,
         timeout_s=cfg.rollout.timeout_s,
-    )
-
-
-def _packing(cfg: Config, model: NemotronH) -> PackSettings:
-    return PackSettings(
-        dp=cfg.parallel.dp,
-        global_batch=cfg.train.global_batch,
-        max_tokens=cfg.train.max_tokens_per_micro_batch,
-        aggregation=cfg.algo.aggregation,
-        aggregation_constant=cfg.algo.aggregation_constant or cfg.rollout.max_response_tokens,
-        train_zero_advantage=cfg.algo.train_zero_advantage,
-        cost=lambda num_tokens: train_flops(model, num_tokens),
     )
 
 

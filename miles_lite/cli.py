@@ -16,6 +16,8 @@ from miles_lite.stop import Stopped
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
 miles-lite check experiment=NAME [key=value ...]   read and check all it reads, start nothing
+miles-lite plan experiment=NAME [key=value ...]    memory, time and traffic of a run, and whether it
+                                                   fits: without GPU or weights, see plan --help
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
@@ -36,6 +38,7 @@ def run(words: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
         "check": _check,
+        "plan": _plan,
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
@@ -75,6 +78,12 @@ def _check(overrides: Sequence[str]) -> None:
         f"{sum(map(len, inputs.eval_prompts.values()))} evaluation prompts, "
         f"{cfg.parallel.dims.world_size} devices: nothing speaks against it"
     )
+
+
+def _plan(words: Sequence[str]) -> None:
+    from miles_lite.planner import command
+
+    command.run(words)
 
 
 def _convert(words: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     path: Path  # folder of the HF checkpoint: weights, config, tokenizer
+    plan_path: Path | None = None  # whose config.json `plan` reads while `path` is not there
     dtype: Literal["fp32", "bf16"] = "bf16"  # of weights and activations on both sides
 
 
@@ -334,6 +335,7 @@ class ClusterConfig:
     address: str = "local"  # "local" starts a Ray of its own; else the address of a running one
     start_timeout_s: float = 300.0  # until every rank is up
     threads_per_rank: int = 1  # of CPU maths in one process
+    hardware: str = "h200"  # configs/hardware/NAME.yaml: what `plan` takes devices and hosts for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,7 +56,8 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         metrics |= trainer.send_weights(rollout, version=step + 1)
 
         metrics["perf/step_time"] = time.perf_counter() - begin
-        run.log(step, metrics | devices.metrics())
+        metrics |= devices.metrics()
+        run.log(step, metrics | parts.expected.against(metrics))
         if cfg.log.samples:
             run.save_samples(step, drawn.groups, result.logprobs)
         console.step(step, metrics)

@@ -20,8 +20,9 @@ LEVELS = (
     "types protocols config foreign compose metrics log device parallel environment stop "
     "checkpoints claim orphan",
     "algo data models",
-    "weights cluster planner",
+    "weights cluster",
     "trainer rollout run report console summary",
+    "planner",
     "build",
     "resume",
     "train evaluate",
@@ -35,7 +36,14 @@ HEAVY = {
     "ray": ("cluster", "trainer.group", "rollout.manager", "build"),
     "sglang": ("rollout.sglang",),
     "wandb": ("metrics",),
-    "rich": ("console", "cli", "report", "weights.convert_command"),
+    "rich": (
+        "console",
+        "cli",
+        "report",
+        "weights.convert_command",
+        "planner.show",
+        "planner.command",
+    ),
 }
 LANDFILLS = {"util", "utils", "helper", "helpers", "misc", "common"}
 FILE_LINES, FUNCTION_LINES = 420, 80

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.weights.hf_files import INDEX
+from miles_lite.weights.hf_files import INDEX, make_header
 from miles_lite.weights.table import HfTensor, hf_tensors, mtp_tensors
 
 NANO_30B: dict[str, Any] = {
@@ -55,7 +55,6 @@ NANO_30B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "eos_token_id": 2,
 }
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def main() -> None:
@@ -99,19 +98,8 @@ def write(out: Path, config: Mapping[str, Any], shard_bytes: int, seed: int) -> 
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {tensor.name: file for tensor in shard}
-        header, offset = {}, 0
-        for tensor in shard:
-            end = offset + _num_bytes(tensor, dtype)
-            header[tensor.name] = {
-                "dtype": NAMES[_dtype(tensor, dtype)],
-                "shape": tensor.shape,
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        head = json.dumps(header).encode()
-        head += b" " * (-len(head) % 8)
         with (out / file).open("wb") as sink:
-            sink.write(len(head).to_bytes(8, "little") + head)
+            sink.write(make_header({t.name: (_dtype(t, dtype), t.shape) for t in shard}))
             for tensor in shard:
                 values = torch.empty(tensor.shape, dtype=_dtype(tensor, dtype))
                 values.normal_(0, 0.02, generator=rng)

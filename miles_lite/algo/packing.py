@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from miles_lite.config import Config
 from miles_lite.protocols import Metrics
 from miles_lite.types import Batch, MicroBatch, TrainSequence, Update
 
@@ -30,6 +31,18 @@ class PackSettings:
     aggregation_constant: float  # what "constant" divides a sample's sum by
     train_zero_advantage: bool
     cost: Cost
+
+    @classmethod
+    def of(cls, cfg: Config, cost: Cost) -> PackSettings:
+        return cls(
+            dp=cfg.parallel.dp,
+            global_batch=cfg.train.global_batch,
+            max_tokens=cfg.train.max_tokens_per_micro_batch,
+            aggregation=cfg.algo.aggregation,
+            aggregation_constant=cfg.algo.aggregation_constant or cfg.rollout.max_response_tokens,
+            train_zero_advantage=cfg.algo.train_zero_advantage,
+            cost=cost,
+        )
 
 
 def pack(sequences: Sequence[TrainSequence], settings: PackSettings) -> Batch:

@@ -6,20 +6,26 @@ need the model's sizes or two sections at once. Imports no torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 
 from miles_lite.config import Config, ConfigError
+from miles_lite.models.flops import forward_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-
-# what megatron's Mamba mixer hard-codes as epsilon of its gated norm
-_GATED_NORM_EPS = 1e-5
+from miles_lite.planner.hardware import Hardware
+from miles_lite.trainer.megatron.limits import (
+    divisors,
+    refuse_lost_expert_gradients,
+    refuse_what_megatron_changes,
+)
 
 
 def check(cfg: Config, model: NemotronH) -> None:
     """Raise ConfigError on the first rule that `cfg` breaks for `model`."""
     _check_trainer_layout(cfg, model)
     _check_engine_layout(cfg, model)
+    _check_recompute(cfg)
     _check_batch(cfg)
     _check_lengths(cfg)
     _check_algorithm(cfg, model)
@@ -39,44 +45,13 @@ def _check_trainer_layout(cfg: Config, model: NemotronH) -> None:
     refuse_lost_expert_gradients(dims, metadata.version("megatron-core"))
 
 
-def refuse_what_megatron_changes(model: NemotronH, dims: ParallelDims) -> None:
-    """Refuse what megatron would compute differently from the checkpoint's own code, or drop."""
-    if model.norm_eps != _GATED_NORM_EPS:
-        raise ConfigError(
-            f"norm_eps = {model.norm_eps}: megatron's Mamba mixer knows {_GATED_NORM_EPS} only"
-        )
-    if model.num_experts and (not model.norm_topk_prob or model.top_k == 1):
-        raise ConfigError(
-            f"norm_topk_prob = {model.norm_topk_prob} with top_k = {model.top_k}: megatron always "
-            "normalises the chosen experts' weights, and only if there are several"
-        )
-    # megatron would drop the last layers
-    _divides("parallel.pp", dims.pp, "layers of the pattern", model.num_layers)
-
-
-def refuse_lost_expert_gradients(dims: ParallelDims, megatron_version: str) -> None:
-    """Refuse a layout whose gradients this megatron-core silently gets wrong.
-
-    Before 0.19, experts that are neither cut by tensor parallelism nor spread over expert
-    parallelism are taken for ordinary replicated weights, and the gradients that tensor-parallel
-    ranks computed from their own tokens are never summed.
-    """
-    release = tuple(int(part) for part in megatron_version.split(".")[:2])
-    if dims.tp > 1 and dims.ep == 1 and dims.expert_tp != dims.tp and release < (0, 19):
-        raise ConfigError(
-            f"parallel.tp = {dims.tp} with ep = 1 and expert_tp = {dims.expert_tp}: megatron-core "
-            f"{megatron_version} would lose expert gradients. Set parallel.expert_tp = {dims.tp}, "
-            "or ep > 1, or use megatron-core 0.19 or newer"
-        )
-
-
 def _check_expert_grid(dims: ParallelDims) -> None:
     ranks = dims.tp * dims.dp
     if ranks % (dims.ep * dims.expert_tp):
         raise ConfigError(
             f"parallel.ep x expert_tp = {dims.ep} x {dims.expert_tp} does not divide the "
             f"{ranks} ranks of a pipeline stage (tp x dp = {dims.tp} x {dims.dp}); "
-            f"ep x expert_tp may be {_divisors(ranks)}"
+            f"ep x expert_tp may be {divisors(ranks)}"
         )
 
 
@@ -91,7 +66,7 @@ def _check_tensor_parallel(key: str, tp: int, model: NemotronH) -> None:
         if kv % tp and tp % kv:
             raise ConfigError(
                 f"{key} = {tp} and {kv} key-value heads: one must divide the other; "
-                f"{key} may be {_divisors(model.num_heads)}"
+                f"{key} may be {divisors(model.num_heads)}"
             )
     if "E" in model.pattern:
         _divides(key, tp, "shared expert width", model.shared_ffn_size)
@@ -113,6 +88,79 @@ def _check_engine_layout(cfg: Config, model: NemotronH) -> None:
     if "E" in model.pattern:
         _divides("rollout.engine.ep", dims.ep, "experts (n_routed_experts)", model.num_experts)
         _divides("rollout.engine.tp / ep", dims.expert_tp, "expert width", model.expert_ffn_size)
+    elif dims.ep != 1:
+        raise ConfigError(
+            f"rollout.engine.ep = {dims.ep} but the model has no experts: set it to 1"
+        )
+    if engine.backend == "sglang":  # which cuts these over all ranks, whatever dp is
+        _divides("rollout.engine.tp", dims.tp, "vocabulary", model.vocab_size)
+        if "E" in model.pattern:
+            _divides("rollout.engine.tp", dims.tp, "shared expert width", model.shared_ffn_size)
+
+
+def _check_recompute(cfg: Config) -> None:
+    options = cfg.train.megatron
+    if options.get("recompute_granularity") != "full":
+        return
+    method, num_layers = (options.get(f"recompute_{x}") for x in ("method", "num_layers"))
+    if method not in ("uniform", "block") or not isinstance(num_layers, int) or num_layers < 1:
+        raise ConfigError(
+            f"train.megatron.recompute_granularity = full with recompute_method = {method} and "
+            f"recompute_num_layers = {num_layers}: set them to uniform and 1 (every layer), or to "
+            "block and the number of layers of a stage"
+        )
+
+
+def check_hosts(cfg: Config, hardware: Hardware) -> None:
+    """Refuse what does not come out even on hosts of this hardware."""
+    per_node, engine = hardware.devices_per_node, cfg.rollout.engine
+    for key, size in (("rollout.engine.tp", engine.tp), ("parallel.tp", cfg.parallel.tp)):
+        if per_node % size and size % per_node:
+            raise ConfigError(
+                f"{key} = {size} on hosts of {per_node} devices: a group would begin in the middle "
+                f"of a host and end in another; it may be {divisors(per_node)} or a multiple of "
+                f"{per_node}"
+            )
+    world = cfg.parallel.dims.world_size
+    if world > per_node and world % per_node:
+        raise ConfigError(
+            f"{world} devices (parallel.tp x pp x dp) are no whole number of hosts of {per_node}: "
+            f"take {world - world % per_node} or {world + -world % per_node}"
+        )
+
+
+def plan_warnings(cfg: Config, model: NemotronH, hardware: Hardware) -> list[str]:
+    """What can be run but wastes devices or time."""
+    found, engine, dims = [], cfg.rollout.engine, cfg.parallel.dims
+    idle = dims.world_size - engine.num_engines * engine.tp
+    if idle:
+        found.append(
+            f"{idle} of {dims.world_size} devices have no engine and wait while answers are drawn "
+            f"(rollout.engine.num_engines x tp = {engine.num_engines} x {engine.tp})"
+        )
+    if dims.tp > hardware.devices_per_node:
+        found.append(
+            f"parallel.tp = {dims.tp} reaches over hosts of {hardware.devices_per_node} devices: "
+            "every layer waits for the network"
+        )
+    share = -(-cfg.rollout.num_samples // (engine.num_engines * engine.dp))
+    if share > engine.max_running:
+        found.append(
+            f"{share} samples for each group of an engine, rollout.engine.max_running = "
+            f"{engine.max_running}: answers come in {-(-share // engine.max_running)} waves"
+        )
+    per_stage = model.num_layers // dims.pp
+    costs = [
+        forward_flops(replace(model, pattern=model.pattern[i : i + per_stage], vocab_size=0), 4096)
+        for i in range(0, model.num_layers, per_stage)
+    ]
+    over = max(costs) * len(costs) / sum(costs)
+    if over > 1.1:
+        found.append(
+            f"parallel.pp = {dims.pp}: stage {costs.index(max(costs))} has {over:.2f} "
+            "times the mean work, the others wait for it: another pp may cut the pattern evenly"
+        )
+    return found
 
 
 def _check_batch(cfg: Config) -> None:
@@ -249,11 +297,5 @@ def warnings(cfg: Config) -> list[str]:
 def _divides(key: str, value: int, what: str, amount: int) -> None:
     if amount % value:
         raise ConfigError(
-            f"{key} = {value} does not divide the {amount} {what}; it may be {_divisors(amount)}"
+            f"{key} = {value} does not divide the {amount} {what}; it may be {divisors(amount)}"
         )
-
-
-def _divisors(number: int) -> str:
-    """The first few divisors, for a message."""
-    found = [str(d) for d in range(1, min(number, 4096) + 1) if number % d == 0]
-    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")

@@ -16,10 +16,10 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult
 from miles_lite.trainer.megatron.messages import RankReport, WorkerSpec
 from miles_lite.types import Batch
-from miles_lite.weights.hf import HfCheckpoint, HfWriter, iter_segments
+from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.plan import Route, sync_plan
 from miles_lite.weights.sender import SyncReport, itineraries
-from miles_lite.weights.table import hf_tensors, mtp_tensors, trainer_layout
+from miles_lite.weights.table import hf_tensors, iter_segments, mtp_tensors, trainer_layout
 from miles_lite.weights.transport import compare
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -164,11 +164,3 @@ def missing_and_unknown(
     """Tensors expected but not there, and there but not expected."""
     names = checkpoint.names()
     return sorted(set(expected) - names), sorted(names - set(expected))
-
-
-def iter_segments(hosted: Hosted) -> Iterator[tuple[str, int, int, int]]:
-    """(tensor, HF start, offset in the hosted tensor, rows) of each segment."""
-    offset = 0
-    for segment in hosted.segments:
-        yield segment.tensor, segment.start, offset, len(segment)
-        offset += len(segment)

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miles_lite.protocols import Form, Hosted
-from miles_lite.weights.hf import iter_segments
-from miles_lite.weights.table import HfTensor
+from miles_lite.weights.table import HfTensor, iter_segments
 
 
 @dataclass(frozen=True, slots=True)

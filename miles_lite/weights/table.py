@@ -165,6 +165,14 @@ def trainer_layout(model: NemotronH, dims: ParallelDims, rank: int) -> list[Host
     return hosted
 
 
+def iter_segments(hosted: Hosted) -> Iterator[tuple[str, int, int, int]]:
+    """(tensor, HF start, offset in the hosted tensor, rows) of each segment."""
+    offset = 0
+    for segment in hosted.segments:
+        yield segment.tensor, segment.start, offset, len(segment)
+        offset += len(segment)
+
+
 # ------------------------------------------------------------------ rows of one layer
 
 

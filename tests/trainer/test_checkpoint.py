@@ -14,7 +14,7 @@ from miles_lite.config import AlgoConfig
 from miles_lite.parallel import ParallelDims
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import Batch
-from miles_lite.weights.hf import iter_segments
+from miles_lite.weights.table import iter_segments
 from tests.trainer.conftest import Tiny
 from tests.trainer.ranks import World, run_ranks
 from tests.trainer.test_step import ONE, OPTIM, assemble, batch_for, dims, spec_of

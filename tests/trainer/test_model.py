@@ -31,12 +31,20 @@ def dims(tp: int = 1, pp: int = 1, dp: int = 1, ep: int = 1, expert_tp: int = 1)
 
 
 def load(
-    folder: Path, layout: ParallelDims, rank: int, dtype: torch.dtype = torch.float32, **fields: Any
+    folder: Path,
+    layout: ParallelDims,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    options: dict[str, Any] = {},  # noqa: B006
+    **fields: Any,
 ) -> nn.Module:
     """The checkpoint's model on this rank; `fields` of the NemotronH are replaced."""
     sizes = NemotronH.from_folder(folder)
     config = model.transformer_config(
-        dataclasses.replace(sizes, **fields), layout, dtype, {"calculate_per_token_loss": True}
+        dataclasses.replace(sizes, **fields),
+        layout,
+        dtype,
+        {"calculate_per_token_loss": True, **options},
     )
     module = model.build_model(dataclasses.replace(sizes, **fields), config)
     checkpoint, weights = HfCheckpoint(folder), model.named_weights(module)
@@ -99,7 +107,9 @@ def _run_schedule(
     return [output["out"] for output in outputs]
 
 
-def _compare(world: World, tiny: Tiny, layouts: list[ParallelDims]) -> list[Errors]:
+def _compare(
+    world: World, tiny: Tiny, layouts: list[ParallelDims], options: dict[str, Any]
+) -> list[Errors]:
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -109,7 +119,7 @@ def _compare(world: World, tiny: Tiny, layouts: list[ParallelDims]) -> list[Erro
     found = []
     for layout in layouts:
         with world.layout(layout):
-            module = load(tiny.folder, layout, world.rank).train()
+            module = load(tiny.folder, layout, world.rank, options=options).train()
             module.config.finalize_model_grads_func = finalize_model_grads
             ddp = DistributedDataParallel(
                 module.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module
@@ -132,8 +142,8 @@ def _compare(world: World, tiny: Tiny, layouts: list[ParallelDims]) -> list[Erro
     return found
 
 
-def _check_layouts(tiny: Tiny, layouts: list[ParallelDims]) -> None:
-    by_rank = run_ranks(layouts[0].world_size, _compare, tiny, layouts)
+def _check_layouts(tiny: Tiny, layouts: list[ParallelDims], **options: Any) -> None:
+    by_rank = run_ranks(layouts[0].world_size, _compare, tiny, layouts, options)
     for layout, all_errors in zip(layouts, zip(*by_rank, strict=True), strict=True):
         logprob = max(errors.logprob for errors in all_errors)
         entropy = max(errors.entropy for errors in all_errors)
@@ -161,6 +171,48 @@ def test_two_ranks(tiny: Tiny) -> None:
             dims(dp=2, ep=2),
         ],
     )
+
+
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+def test_full_recompute_has_the_same_gradients(tiny: Tiny) -> None:
+    _check_layouts(tiny, [dims(tp=2, ep=2), dims(pp=2)], **RECOMPUTE)
+
+
+def _saved_bytes(world: World, tiny: Tiny, options: dict[str, Any]) -> int:
+    """What the layers' graphs hold of a forward pass, weights aside."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with world.layout(ONE):
+        module = load(tiny.folder, ONE, 0, options=options).train()
+        inputs = forward.packed(tiny.micro_batches[1], 1, CPU)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = forward.forward_step(module, inputs, TEMPERATURE, CHUNK)
+        assert out.requires_grad
+        weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    return sum(num_bytes for pointer, num_bytes in saved.items() if pointer not in weights)
+
+
+def _all_saved_bytes(world: World, tiny: Tiny, each: list[dict[str, Any]]) -> list[int]:
+    return [_saved_bytes(world, tiny, options) for options in each]
+
+
+def test_full_recompute_saves_no_activations_of_layers(tiny: Tiny) -> None:
+    """Left are the output layer's and the last norm's; of `block`, the layers not chosen too."""
+    first = RECOMPUTE | {"recompute_method": "block", "recompute_num_layers": 4}
+    ((whole, half, rest),) = run_ranks(1, _all_saved_bytes, tiny, [{}, first, RECOMPUTE])
+    hidden_bytes = 70 * NemotronH.from_folder(tiny.folder).hidden_size * 4
+    assert rest < 12 * hidden_bytes < half < whole / 2
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from miles_lite.parallel import ParallelDims
 from miles_lite.protocols import Phase
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import Batch, TrainSequence
-from miles_lite.weights.hf import iter_segments
+from miles_lite.weights.table import iter_segments
 from tests.forced import forced
 from tests.trainer.conftest import Tiny
 from tests.trainer.ranks import World, run_ranks

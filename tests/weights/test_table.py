@@ -9,8 +9,7 @@ import pytest
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.weights.hf import iter_segments
-from miles_lite.weights.table import hf_tensors, mtp_tensors, rows, trainer_layout
+from miles_lite.weights.table import hf_tensors, iter_segments, mtp_tensors, rows, trainer_layout
 
 MODEL = NemotronH(
     pattern="MEM*-E",

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.planner.rules import refuse_lost_expert_gradients, refuse_what_megatron_changes
 from miles_lite.trainer.megatron.layers import stack_spec
+from miles_lite.trainer.megatron.limits import (
+    refuse_lost_expert_gradients,
+    refuse_what_megatron_changes,
+)
+from miles_lite.trainer.megatron.recompute import recompute_layers
 
 # names of a mixer's parameters, and of a router's buffer, that stay fp32 in a bf16 model: rounded,
 # they change which experts are chosen and how fast the state decays
@@ -41,7 +45,8 @@ def transformer_config(
     from megatron.core import __version__
     from megatron.core.transformer import TransformerConfig
 
-    refuse_lost_expert_gradients(dims, __version__)
+    if model.num_experts:
+        refuse_lost_expert_gradients(dims, __version__)
     refuse_what_megatron_changes(model, dims)
     fields = {field.name: field for field in dataclasses.fields(TransformerConfig)}
     derived = _of_model(model) | _of_layout(dims, dtype)
@@ -102,6 +107,7 @@ def build_model(model: NemotronH, config: Any) -> nn.Module:
         **pattern,
     )
     _keep_fp32(module, config.params_dtype)
+    recompute_layers(module.decoder)
     if module.post_process:
         module.output_layer.forward = _pass_hidden  # pyright: ignore[reportAttributeAccessIssue]
     return module

@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import get_model_config
 
 from miles_lite.config import OptimConfig
+from miles_lite.trainer.megatron.memory import storages
 
 
 class NonFiniteError(RuntimeError):
@@ -128,18 +129,20 @@ class Optimizer:
         self._updates += 1
         return float(norm)
 
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state in this process, masters that are copies included."""
-        seen: dict[int, int] = {}
+    def storages(self) -> list[torch.UntypedStorage]:
+        """All that it updates or keeps, wherever it lies: moments, masters, and what an offloaded
+        one has on the host. A master that is no copy is the model's own weight. Counters aside."""
+        found: list[torch.Tensor] = []
         for inner in self._parts():
             if (torch_optimizer := inner.optimizer) is None:
                 continue
+            for group in torch_optimizer.param_groups:
+                found += group["params"]
             for state in torch_optimizer.state.values():
-                for value in state.values():
-                    if torch.is_tensor(value):
-                        storage = value.untyped_storage()
-                        seen[storage.data_ptr()] = storage.nbytes()
-        return sum(seen.values())
+                found += [v for v in state.values() if torch.is_tensor(v) and v.dim()]
+            for copies in ("gpu_params_map_cpu_copy", "cpu_copy_map_grad", "param_to_fp32_param"):
+                found += getattr(torch_optimizer, copies, {}).values()
+        return storages(found)
 
     def _refuse_non_finite_norm(self) -> None:
         """Megatron would clip by a NaN norm, which makes every weight NaN: stop it before."""

@@ -21,7 +21,7 @@ from miles_lite.types import MicroBatch
 from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.sender import Itinerary, Sender, SyncReport
-from miles_lite.weights.table import trainer_layout
+from miles_lite.weights.table import iter_segments, trainer_layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -72,7 +72,7 @@ class MegatronWorker:
         self._weights = named_weights(ddp.module)
         self._optimizer = optimizer.Optimizer(ddp, spec.optim, self._dtype)
         self._optimizer.reload_masters()
-        self._memory = memory.DeviceMemory(ddp, self._device)
+        self._memory = memory.DeviceMemory(ddp, self._device, self._optimizer.storages)
         self._ddp = ddp
         self._reference: list[torch.Tensor] = []
         if spec.algo.needs_reference:
@@ -117,7 +117,7 @@ class MegatronWorker:
         return self.held_bytes()
 
     def held_bytes(self) -> dict[str, int]:
-        return {**self._memory.held_bytes(), "optimizer": self._optimizer.state_bytes()}
+        return self._memory.held_bytes()
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
         """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
@@ -133,6 +133,7 @@ class MegatronWorker:
         """
         from miles_lite.trainer.megatron import checkpoint
 
+        self._memory.take_optimizer()
         writer = checkpoint.Writer(asynchronous)
         checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
         self._writer = writer
@@ -145,6 +146,7 @@ class MegatronWorker:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
         from miles_lite.trainer.megatron import checkpoint
 
+        self._memory.take_optimizer()
         checkpoint.load(folder, self._ddp, self._optimizer, self._reference, same_layout)
 
     def digests(self, folder: Path, files: Sequence[str]) -> dict[str, str]:
@@ -166,7 +168,6 @@ class MegatronWorker:
 
     def export_hf(self, folder: Path, owned: Sequence[tuple[str, int, int]]) -> None:
         """Write this rank's share of an HF checkpoint: `owned` lists (tensor, start, stop) rows."""
-        from miles_lite.weights.hf import iter_segments
 
         writer = HfWriter(folder, HfCheckpoint(self._spec.model_path))
         mine = set(owned)
