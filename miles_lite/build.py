@@ -249,7 +249,7 @@ def _start_embedded(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
 
 def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
     from miles_lite.rollout.sglang.engine import LOADER, SGLangEngine
-    from miles_lite.rollout.sglang.layout import params
+    from miles_lite.rollout.sglang.layout import Cuts, params
     from miles_lite.rollout.sglang.options import EngineSpec
     from miles_lite.rollout.sglang.rank import SGLangRank
 
@@ -258,7 +258,8 @@ def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
         num_nodes=len({bundle.host for bundle in spot.bundles}),
         weight_loaders=(LOADER,),
     )
-    held = [params(model, spec.dims, rank) for rank in range(spec.dims.tp)]
+    cuts = Cuts.of(spec.extra)
+    held = [params(model, spec.dims, rank, cuts) for rank in range(spec.dims.tp)]
     ranks = [
         spot.spawn(
             SGLangRank, rank, f"{spot.name} rank {rank}", spec, held[rank], cfg.sync.timeout_s

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from miles_lite.config import Config, ConfigError
+from miles_lite.config import Config
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
 from miles_lite.planner.hardware import Hardware
 from miles_lite.planner.shards import ELEMENT_BYTES, Stage, engine_size, stages, stored_numel
+from miles_lite.rollout.sglang.options import EngineSpec, options
 
 PHASES = ("generate", "score", "train", "sync", "save")
 
@@ -82,10 +83,7 @@ def _engine(cfg: Config, model: NemotronH, hardware: Hardware) -> Engine:
     ssm = model.mamba_inner_size * model.ssm_state_size * 4
     conv = (model.conv_kernel - 1) * (model.mamba_inner_size + 2 * model.mamba_bc_size) * width
     state = model.pattern.count("M") * (ssm + conv) // parts
-    max_len = cfg.data.max_prompt_tokens + max(
-        cfg.rollout.max_response_tokens, cfg.eval.max_response_tokens
-    )
-    per_sequence = kv * max_len + state
+    per_sequence = kv * cfg.max_seq_len + state
     if engine.backend == "sglang":
         pool = max(0, int(mem_fraction(cfg) * hardware.facts.device_bytes) - weight_bytes)
     else:
@@ -101,13 +99,7 @@ def _engine(cfg: Config, model: NemotronH, hardware: Hardware) -> Engine:
 
 def mem_fraction(cfg: Config) -> float:
     """Share of a device that SGLang takes for weights and caches."""
-    fraction = cfg.rollout.engine.sglang.get("mem_fraction_static", 0.8)
-    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
-        raise ConfigError(
-            f"rollout.engine.sglang.mem_fraction_static = {fraction!r}: wanted a share of a device "
-            "between 0 and 1, such as 0.7"
-        )
-    return float(fraction)
+    return options(EngineSpec.of(cfg, cfg.model.path, "cuda"))["mem_fraction_static"]
 
 
 # ------------------------------------------------------------------ activations of the trainer

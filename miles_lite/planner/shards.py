@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from miles_lite.config import Config
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.protocols import Hosted, Segment
-from miles_lite.rollout.embedded import layout
+from miles_lite.protocols import Hosted
+from miles_lite.rollout import layout
+from miles_lite.rollout.sglang import layout as sglang
 from miles_lite.weights.plan import sync_plan
 from miles_lite.weights.table import HfTensor, hf_tensors, mtp_tensors, trainer_layout
 
@@ -150,31 +151,14 @@ def stages(model: NemotronH, dims: ParallelDims, dtype: str) -> tuple[Stage, ...
 
 
 def engine_hosted(cfg: Config, model: NemotronH, rank: int) -> list[Hosted]:
-    """What an engine rank hosts of `model`. SGLang cuts the output layer and shared experts over
-    all ranks, where the embedded engine cuts them over an attention group; with one of its
-    all-to-all back-ends shared experts are whole on every rank."""
-    engine, dims = cfg.rollout.engine, cfg.rollout.engine.dims
-    hosted = [h for param in layout.params(model, dims, rank) for h in param.hosted]
-    if engine.backend == "embedded":
-        return hosted
-    whole = engine.sglang.get("moe_a2a_backend", "none") != "none"
-
-    def cut(segment: Segment, shared: bool) -> Segment:
-        if shared and whole:
-            return replace(segment, start=0, stop=model.shared_ffn_size)
-        first, part = dims.dp_rank(rank), len(segment) // dims.dp
-        return replace(
-            segment,
-            start=segment.start + first * part,
-            stop=segment.start + (first + 1) * part,
-        )
-
-    return [
-        replace(h, segments=tuple(cut(s, "shared_" in h.param) for s in h.segments))
-        if "shared_" in h.param or h.param == "lm_head"
-        else h
-        for h in hosted
-    ]
+    """What an engine rank hosts of `model`."""
+    engine = cfg.rollout.engine
+    if engine.backend == "sglang":
+        cuts = sglang.Cuts.of(engine.sglang)
+        found = sglang.params(model, engine.dims, rank, cuts)
+    else:
+        found = layout.params(model, engine.dims, rank)
+    return [hosted for param in found for hosted in param.hosted]
 
 
 def engine_size(cfg: Config, model: NemotronH) -> tuple[int, int]:

@@ -203,5 +203,5 @@ def test_devices_without_an_engine_are_a_role_of_their_own() -> None:
 
 
 def test_mem_fraction_is_a_share() -> None:
-    with pytest.raises(ValueError, match=r"mem_fraction_static = 1\.5: .* 0\.7"):
+    with pytest.raises(ValueError, match=r"mem_fraction_static = 1\.5: .* between 0"):
         planned("experiment=nemotron3_ultra", "rollout.engine.sglang.mem_fraction_static=1.5")

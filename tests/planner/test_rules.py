@@ -35,7 +35,9 @@ def test_layouts_that_work_pass(overrides: list[str]) -> None:
 
 def test_without_experts_there_is_no_routing_to_replay() -> None:
     dense = replace(MODEL, pattern=MODEL.pattern.replace("E", "-"), dense_ffn_size=96)
-    replaying = compose(["experiment=tiny", "algo.routing_replay=true", "parallel.ep=1"])
+    replaying = compose(
+        ["experiment=tiny", "algo.routing_replay=true", "parallel.ep=1", "rollout.engine.ep=1"]
+    )
     rules.check(replaying, MODEL)
     with pytest.raises(ConfigError, match=r"routing_replay = true, but the model has no experts"):
         rules.check(replaying, dense)
@@ -179,8 +181,7 @@ def planned_refusal(overrides: list[str]) -> str:
         ),
         (
             "nano_4b",
-            "rollout.engine.backend=embedded rollout.engine.tp=6 rollout.engine.dp=6 "
-            "rollout.engine.num_engines=1",
+            "rollout.engine.tp=6 rollout.engine.dp=6 rollout.engine.num_engines=1",
             r"rollout\.engine\.tp = 6 on hosts of 8 devices",
         ),
         (

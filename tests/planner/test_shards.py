@@ -15,7 +15,7 @@ from miles_lite.planner import shards
 from miles_lite.planner.hardware import Hardware
 from miles_lite.planner.memory import device_items, held, optimizer_bytes, roles, sizes
 from miles_lite.planner.plan import num_params
-from miles_lite.rollout.embedded import layout
+from miles_lite.rollout import layout
 from miles_lite.weights.plan import sync_plan
 from miles_lite.weights.table import hf_tensors, iter_segments, trainer_layout
 from tests.trainer.ranks import World, run_ranks

@@ -9,8 +9,9 @@ of every rank to what SGLang's own loader makes of the same checkpoint. Read fro
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
@@ -47,8 +48,24 @@ _OVER_ALL_RANKS = {"up", "down", "shared_up", "shared_down"}
 _FORMS = {"A_log": Form.decay, "D": Form.rounded, "dt_bias": Form.rounded}
 
 
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """What options of SGLang change in how weights are cut."""
+
+    head_in_group: bool = False  # the head over the ranks of a DP group
+    shared_whole: bool = False  # shared experts whole on every rank
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Cuts:
+        """`options` as in rollout.engine.sglang."""
+        return cls(
+            head_in_group=bool(options.get("enable_dp_lm_head")),
+            shared_whole=options.get("moe_a2a_backend", "none") != "none",
+        )
+
+
 @functools.cache  # engines of one run are alike
-def params(model: NemotronH, dims: EngineDims, rank: int) -> Sequence[Param]:
+def params(model: NemotronH, dims: EngineDims, rank: int, cuts: Cuts) -> Sequence[Param]:
     """Everything a rank hosts.
 
     Rows that only pad the vocabulary are part of a parameter's shape and hosted by nobody.
@@ -56,6 +73,9 @@ def params(model: NemotronH, dims: EngineDims, rank: int) -> Sequence[Param]:
     check_cuts(model, dims)
     in_group = slices(model, dims, rank)
     over_all = {p.name: p for p in slices(model, replace(dims, dp=1, ep=dims.tp), rank)}
+    if cuts.shared_whole:
+        whole = slices(replace(model, num_experts=1), EngineDims(1, 1, 1), 0)
+        over_all |= {p.name: p for p in whole if ".shared_" in p.name}
     found = []
     for param in in_group:
         prefix, _, name = param.name.rpartition(".")
@@ -66,7 +86,8 @@ def params(model: NemotronH, dims: EngineDims, rank: int) -> Sequence[Param]:
         elif name == "embeddings":
             param = _vocab(EMBEDDING, param, model, dims, rank)
         elif name == "lm_head":
-            param = _vocab(HEAD, param, model, replace(dims, dp=1), rank)
+            group = dims if cuts.head_in_group else replace(dims, dp=1)
+            param = _vocab(HEAD, param, model, group, rank)
         else:
             param = _as(param, f"model.{name}.weight", Form.stored)
         assert not param.padded or param.name in (EMBEDDING, HEAD), (

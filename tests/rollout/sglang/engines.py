@@ -17,7 +17,7 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims, ParallelDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.sglang.engine import LOADER, SGLangEngine
-from miles_lite.rollout.sglang.layout import params
+from miles_lite.rollout.sglang.layout import Cuts, params
 from miles_lite.rollout.sglang.options import EngineSpec
 from miles_lite.rollout.sglang.rank import SGLangRank
 from miles_lite.types import Completion, Request
@@ -97,7 +97,7 @@ def started(
         python=PYTHON,
     )
     engine_spec = EngineSpec(**{**options, **spec})
-    held = [params(model, dims, rank) for rank in range(dims.tp)]
+    held = [params(model, dims, rank, Cuts()) for rank in range(dims.tp)]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR")
     try:
         actor = ray.remote(SGLangRank).options(num_cpus=0, max_concurrency=4)
