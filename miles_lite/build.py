@@ -266,7 +266,8 @@ def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
         )
         for rank in range(spec.dims.tp)
     ]
-    return SGLangEngine(spot.name, ranks, held, spec, spot.log_folder, cfg.rollout.timeout_s)
+    hosted = (model, held)
+    return SGLangEngine(spot.name, ranks, hosted, spec, spot.log_folder, cfg.rollout.timeout_s)
 
 
 _ENGINES = {"embedded": _start_embedded, "sglang": _start_sglang}

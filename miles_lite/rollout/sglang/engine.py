@@ -14,13 +14,17 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from miles_lite.algo.routing import of_all_layers
 from miles_lite.cluster.actor import Remote, RemoteError, call_all, gather
+from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import EngineError, Hosted, Phase
 from miles_lite.rollout.layout import Param
 from miles_lite.rollout.sglang.client import Client
 from miles_lite.rollout.sglang.launch import Place
 from miles_lite.rollout.sglang.options import EngineSpec
-from miles_lite.types import Completion, Finish, Request, Sampling
+from miles_lite.types import NO_ROUTING, Completion, Finish, Request, Routing, Sampling
 
 WEIGHTS, CACHE, GRAPHS = "weights", "kv_cache", "cuda_graph"  # SGLang's names for what it may hold
 _HOLDS = {
@@ -40,14 +44,16 @@ class SGLangEngine:
         self,
         name: str,
         ranks: Sequence[Remote],
-        params: Sequence[Sequence[Param]],
+        model: tuple[NemotronH, Sequence[Sequence[Param]]],
         spec: EngineSpec,
         log_folder: Path,
         deadline_s: float,
     ) -> None:
-        """params: of each rank. deadline_s: for one completion, and for every other call."""
+        """model: and what each rank hosts of it. deadline_s: for one completion, and for every
+        other call."""
         self.name, self.ranks, self.version = name, ranks, -1
-        self._params, self._spec, self._log_folder = params, spec, log_folder
+        self._model, self._params = model
+        self._spec, self._log_folder = spec, log_folder
         self._deadline_s = deadline_s
         self._held = set(_HOLDS[Phase.generate])  # as a server comes up
         self._cache_bytes = self._graph_bytes = 0  # of all ranks
@@ -145,6 +151,7 @@ class SGLangEngine:
             "return_logprob": True,
             "rid": f"{self.name}-{request.uid}".replace(" ", "-"),
             "routed_dp_rank": dp_rank,
+            "return_routed_experts": request.sampling.wants_routing,
         }
         try:
             answer = await self._http.call("/generate", body, self._deadline_s)
@@ -154,7 +161,7 @@ class SGLangEngine:
         finally:
             self._requests[dp_rank] -= 1
         try:
-            return completion(answer)
+            return completion(answer, self._model, request)
         except ValueError as error:
             raise EngineError(f"{self.name}: request {request.uid}: {error}") from None
 
@@ -276,7 +283,7 @@ def sampling_params(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def completion(answer: Mapping[str, Any]) -> Completion:
+def completion(answer: Mapping[str, Any], model: NemotronH, request: Request) -> Completion:
     """What a `/generate` answer says. Raises ValueError for what no training should see."""
     meta = answer["meta_info"]
     tokens, pairs = answer["output_ids"], meta["output_token_logprobs"]
@@ -290,7 +297,23 @@ def completion(answer: Mapping[str, Any]) -> Completion:
     if len(versions) > 1:
         raise ValueError(f"its tokens are of several versions of the weights: {sorted(versions)}")
     reason = meta["finish_reason"]["type"]
-    return Completion(tuple(tokens), tuple(logprobs), int(meta["weight_version"]), Finish(reason))
+    routing = NO_ROUTING
+    if request.sampling.wants_routing:
+        num_read = len(request.tokens) + len(tokens) - 1  # the last token was never read
+        routing = _routing(meta.get("routed_experts"), num_read, model)
+    version = int(meta["weight_version"])
+    return Completion(tuple(tokens), tuple(logprobs), version, Finish(reason), routing)
+
+
+def _routing(told: str | None, num_read: int, model: NemotronH) -> Routing:
+    """From base64 of int32 [num_read, all layers, top k]."""
+    if told is None:
+        raise ValueError("it was asked for the experts of its tokens and named none")
+    ids = np.frombuffer(base64.b64decode(told), np.int32)
+    shape = (num_read, model.num_layers, model.top_k)
+    if ids.size != math.prod(shape):
+        raise ValueError(f"it named {ids.size} experts; {list(shape)} were expected")
+    return of_all_layers(ids.reshape(shape), model)
 
 
 def _payload(address: str) -> str:

@@ -53,6 +53,7 @@ class EngineSpec:
             prefill_tokens=engine.prefill_tokens,
             seed=cfg.seed,
             threads=cfg.cluster.threads_per_rank,
+            return_routed_experts=cfg.algo.routing_replay,
             python=engine.python,
             extra=engine.sglang,
         )

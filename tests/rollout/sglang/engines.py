@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,9 @@ from miles_lite.weights.plan import Route, sync_plan
 from miles_lite.weights.sender import Sender, itineraries
 from miles_lite.weights.table import hf_tensors, trainer_layout
 from miles_lite.weights.transport import compare
+from tests.rollout.sglang.servers import START_S, python
 
-PROJECT = Path(__file__).resolve().parents[3]
-PYTHON = os.environ.get("MILES_LITE_SGLANG_PYTHON") or str(PROJECT / ".venv-sglang/bin/python")
-START_S = 400.0  # a server needs 20 s of CPU time; on a busy machine that takes minutes
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 Change = Callable[[list[Route]], list[Route]]
 
@@ -94,7 +91,8 @@ def started(
         prefill_tokens=1024,
         seed=1,
         weight_loaders=(LOADER,),
-        python=PYTHON,
+        python=python(),
+        return_routed_experts=True,
     )
     engine_spec = EngineSpec(**{**options, **spec})
     held = [params(model, dims, rank, Cuts()) for rank in range(dims.tp)]
@@ -105,7 +103,7 @@ def started(
         for rank in range(dims.tp):
             name = f"engine 0 rank {rank}"
             ranks.append(Remote(name, actor.remote(name, engine_spec, held[rank], DEADLINE_S)))
-        engine = SGLangEngine("engine 0", ranks, held, engine_spec, log_folder, DEADLINE_S)
+        engine = SGLangEngine("engine 0", ranks, (model, held), engine_spec, log_folder, DEADLINE_S)
         try:
             engine.connect(["127.0.0.1"] * dims.tp, START_S)
             yield engine

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from miles_lite.algo.routing import choices
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Phase
 from miles_lite.rollout.embedded.options import EngineOptions
@@ -127,6 +129,22 @@ def test_a_seed_draws_the_same_whatever_else_runs(pair: Pair) -> None:
     alone = [ask(engine, [replace(r, uid=200 + r.uid)])[0] for r in reversed(sampled)]
     assert [a.tokens for a in together] == [a.tokens for a in reversed(alone)]
     assert len({a.tokens for a in alone}) == len(alone)
+
+
+def test_it_names_the_experts_that_the_embedded_engine_chooses(pair: Pair, tiny: Tiny) -> None:
+    engine, trainer = pair
+    serving(engine, trainer, 15)
+    asked = [
+        replace(r, uid=900 + r.uid, sampling=replace(r.sampling, wants_routing=True))
+        for r in REQUESTS
+        if r.sampling.temperature == 0
+    ]
+    answers = ask(engine, asked)
+    embedded = _embedded(tiny, asked)
+    for request, answer in zip(asked, answers, strict=True):
+        ours, theirs = choices(answer.routing), choices(embedded[request.uid].routing)
+        assert ours.shape == (len(request.tokens) + len(answer.tokens) - 1, 2, 3)
+        assert (np.sort(ours) == np.sort(theirs)).all()
 
 
 def test_stop_tokens_end_an_answer_and_are_its_last(pair: Pair) -> None:
