@@ -97,6 +97,23 @@ def test_each_party_holds_what_its_phase_allows(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_measured_bytes_are_the_planned_ones(run: Path) -> None:
+    """To the byte: weights, gradients, optimizer and caches of all ranks in every phase."""
+    measured = {k: v for k, v in read_metrics(run)[1].items() if k.startswith("memory/")}
+    plan = read_metrics(run)[1]
+    assert len(measured) == 15
+    for name, num_bytes in measured.items():
+        assert plan[f"plan/{name}"] == (1.0 if num_bytes else 0.0), name
+    times = [name for name in plan if name.startswith("plan/perf/")]
+    assert sorted(times) == [
+        "plan/perf/rollout_time",
+        "plan/perf/step_time",
+        "plan/perf/train_time",
+        "plan/perf/update_weights_time",
+    ]
+
+
+@pytest.mark.slow
 def test_samples_are_kept_with_both_sides_logprobs(run: Path) -> None:
     samples = list(read_samples(run / "samples" / "step_000001.jsonl.gz"))
     assert len(samples) == 8 * 4

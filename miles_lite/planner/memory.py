@@ -1,9 +1,7 @@
 """Bytes of every party in every phase, on devices, hosts and disk.
 
-Weights, gradients, optimizer state and caches are exact. Activations are those that the layers of a
-GPU run save for their backward passes, tensor by tensor: an estimate. Margins are assumptions of
-the hardware file. T tokens of a micro-batch; with sequence parallelism a rank holds T / tp of them
-outside the layers that tensor parallelism cuts.
+Weights, gradients, optimizer state and caches are exact, activations an estimate, margins are
+assumptions of the hardware file.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from math import ceil
 from miles_lite.config import Config
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
+from miles_lite.planner.activations import layer_bytes, recomputed
 from miles_lite.planner.hardware import Hardware
 from miles_lite.planner.shards import ELEMENT_BYTES, Stage, engine_size, stages, stored_numel
 from miles_lite.rollout.sglang.options import EngineSpec, options
@@ -90,7 +89,7 @@ def _engine(cfg: Config, model: NemotronH, hardware: Hardware) -> Engine:
         pool = engine.max_running * per_sequence
     dims = ParallelDims(tp=parts, pp=1, dp=engine.dp, ep=engine.ep, expert_tp=engine.dims.expert_tp)
     prefill = max(
-        sum(_layer(model, kind, engine.prefill_tokens, dims, hardware, width))
+        sum(layer_bytes(model, kind, engine.prefill_tokens, dims, hardware, width))
         for kind in set(model.pattern)
     )
     running = min(engine.max_running, pool // per_sequence)
@@ -105,51 +104,6 @@ def mem_fraction(cfg: Config) -> float:
 # ------------------------------------------------------------------ activations of the trainer
 
 
-def _layer(
-    model: NemotronH, kind: str, tokens: int, dims: ParallelDims, hardware: Hardware, width: int
-) -> tuple[int, int]:
-    """(bytes saved for the backward pass, bytes beside them while the layer runs), without
-    recomputation."""
-    hidden, tp = model.hidden_size, dims.tp
-    local = ceil(tokens / tp)
-    entry = 2 * local * hidden * width  # the layer's input, and normalised
-    gathered = tokens * hidden * width if tp > 1 else 0
-    if kind == "M":
-        inner, bc = model.mamba_inner_size // tp, model.mamba_bc_size // tp
-        projected = 2 * inner + 2 * bc + model.mamba_num_heads // tp
-        # z, x, B, C, dt; then of the inner width: the scan, gated, normalised
-        states = tokens * inner * model.ssm_state_size * 4 // model.chunk_size
-        return entry + tokens * (projected + 3 * inner) * width, gathered + states
-    if kind == "*":
-        queries = model.num_heads // tp * model.head_dim
-        keys = 2 * max(1, model.num_kv_heads // tp) * model.head_dim
-        log_sums = tokens * model.num_heads // tp * 4
-        return entry + tokens * (2 * queries + keys) * width + log_sums, gathered
-    if kind == "-":
-        return entry + 2 * tokens * (model.dense_ffn_size // tp) * width, gathered
-    latent = 2 * local * model.latent_size * width  # before dispatch, after combine
-    routed = local * model.num_experts * (3 * 4 + 1)  # logits, scores, weights in fp32; a mask
-    shared = 2 * tokens * (model.shared_ffn_size // tp) * width
-    sent = local * model.top_k
-    received = ceil(sent * dims.expert_tp * hardware.assumed.expert_imbalance)
-    ffn = model.expert_ffn_size // dims.expert_tp
-    experts = received * (model.expert_width + 2 * ffn) * width
-    on_their_way = (sent + 2 * received) * model.expert_width * width
-    return entry + latent + routed + shared + experts, gathered + on_their_way
-
-
-def recomputed(cfg: Config) -> str:
-    """Which layer kinds keep only their input: "all", some of "E-*M", or none."""
-    options = cfg.train.megatron
-    granularity = options.get("recompute_granularity")
-    if granularity == "full":
-        return "all"
-    if granularity == "selective":
-        modules = options.get("recompute_modules") or ()
-        return "".join(kind for kind, name in (("E", "moe"), ("-", "mlp")) if name in modules)
-    return ""
-
-
 def activations(sizes: Sizes, stage: Stage, tokens: int) -> tuple[int, int]:
     """(saved by all micro-batches in flight, work of the layer at hand) of an update."""
     cfg, model, dims = sizes.cfg, sizes.model, sizes.cfg.parallel.dims
@@ -157,7 +111,7 @@ def activations(sizes: Sizes, stage: Stage, tokens: int) -> tuple[int, int]:
     hidden = ceil(tokens / dims.tp) * model.hidden_size * width
     saved = work = 0
     for kind in set(stage.pattern):
-        full, beside = _layer(model, kind, tokens, dims, sizes.hardware, width)
+        full, beside = layer_bytes(model, kind, tokens, dims, sizes.hardware, width)
         count = stage.pattern.count(kind)
         if kept_input == "all":
             kept = hidden
@@ -223,7 +177,7 @@ def device_items(sizes: Sizes, phase: str, stage: Stage, has_engine: bool) -> li
     if phase == "score":
         width, dims = ELEMENT_BYTES[cfg.model.dtype], cfg.parallel.dims
         layers = [
-            sum(_layer(sizes.model, kind, tokens, dims, sizes.hardware, width))
+            sum(layer_bytes(sizes.model, kind, tokens, dims, sizes.hardware, width))
             for kind in set(stage.pattern)
         ]
         items.append(Item("trainer", "layer at work", max(layers)))

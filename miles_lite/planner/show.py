@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
@@ -44,10 +45,9 @@ def show(plan: Plan, notes: Sequence[str], layouts: Sequence[Layout], console: C
 
 
 def write_html(path: Path, plan: Plan, notes: Sequence[str], layouts: Sequence[Layout]) -> None:
-    with path.open("w", encoding="utf-8") as sink, Path("/dev/null").open("w") as nowhere:
-        console = Console(record=True, width=WIDTH, file=nowhere)
-        show(plan, notes, layouts, console)
-        sink.write(console.export_html())
+    console = Console(record=True, width=WIDTH, file=StringIO())
+    show(plan, notes, layouts, console)
+    path.write_text(console.export_html(), encoding="utf-8")
 
 
 # ------------------------------------------------------------------ tables

@@ -15,12 +15,12 @@ from math import ceil, log2
 
 from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.models.flops import forward_flops, train_flops
+from miles_lite.planner.activations import recomputed
 from miles_lite.planner.memory import (
     Sizes,
     disk_items,
     on_node,
     optimizer_bytes,
-    recomputed,
     running,
     total,
 )

@@ -10,6 +10,7 @@ from miles_lite.compose import CONFIGS, compose
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
 from miles_lite.planner import memory
+from miles_lite.planner.activations import layer_bytes
 from miles_lite.planner.hardware import Hardware
 from miles_lite.planner.plan import read_model
 from tests.trainer.ranks import World, run_ranks
@@ -89,7 +90,7 @@ def test_layers_save_what_is_planned() -> None:
     (measured,) = run_ranks(1, _saved, "*-E")
     hidden = NUM_TOKENS * WIDE.hidden_size * 4
     for kind, num_bytes in measured.items():
-        saved, _ = memory._layer(WIDE, kind, NUM_TOKENS, ONE, even, 4)
+        saved, _ = layer_bytes(WIDE, kind, NUM_TOKENS, ONE, even, 4)
         extra = (num_bytes - saved) / hidden
         assert 0.99 < extra < 2.05, (kind, num_bytes, saved)
         assert abs(extra - round(extra)) * hidden < 0.01 * saved

@@ -1,0 +1,31 @@
+"""What leaves a device comes back as it was, into the same tensors and views."""
+
+from __future__ import annotations
+
+import torch
+
+from miles_lite.trainer.megatron import cpu_compat
+
+cpu_compat.install()
+
+from miles_lite.trainer.megatron.memory import Away, storages  # noqa: E402 (imports megatron)
+
+
+def test_away_and_back() -> None:
+    whole = torch.arange(12.0)
+    view, other = whole[4:8], torch.ones(3, dtype=torch.bfloat16)
+    away = Away(storages([view, whole, other]), pin=False)
+    assert whole.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
+    away.come_back()
+    assert whole.tolist() == list(range(12)) and view.tolist() == [4.0, 5.0, 6.0, 7.0]
+    view.zero_()
+    assert whole[4:8].sum() == 0 and other.tolist() == [1.0] * 3
+
+
+def test_a_storage_counts_once_even_while_it_is_empty() -> None:
+    whole, other = torch.zeros(8), torch.zeros(2)
+    tensors = [whole, whole[2:], other]
+    assert len(storages(tensors)) == 2
+    away = Away(storages(tensors), pin=False)
+    assert len(storages(tensors)) == 2
+    away.come_back()
