@@ -41,6 +41,7 @@ class TrainerGroup:
         self._timeout_s = spec.train.timeout_s
         self._plan: list[Route] = []
         self._planned_for: tuple[str, ...] = ()  # engine ranks the plan was made for
+        self._hosted_bytes = 0  # of weights, on all engine ranks
         # whose memory an engine rank can read: of its host's trainers; on a GPU of its device's
         self._reach = hosts if spec.device == "cpu" else [w.name for w in workers]
         address = workers[0].call("listen", hosts[0], deadline_s=start_timeout_s)
@@ -148,6 +149,7 @@ class TrainerGroup:
             "perf/update_weights_time": time.perf_counter() - begin,
             "sync/bytes": float(sum(report.num_bytes for report in sent)),
             "sync/relayed_bytes": float(sum(report.relayed_bytes for report in sent)),
+            "sync/bytes_over_hosted": sum(report.num_bytes for report in sent) / self._hosted_bytes,
             "sync/send_time_max": max(report.seconds for report in sent),
             "sync/version": float(version),
         }
@@ -178,6 +180,7 @@ class TrainerGroup:
         ]
         gather(calls, self._timeout_s)
         self._planned_for = tuple(r.name for r in receivers)
+        self._hosted_bytes = sum(engine.held_bytes()["weights"] for engine in engines)
 
     def export_hf(self, folder: Path) -> None:
         """Every rank writes its rows straight into the files; replicas are written once."""
