@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+SPAWNER = "MILES_LITE_SPAWNER"  # in the environment: pid of the process that spawned this one
+
 _SET_PARENT_DEATH_SIGNAL = 1
 _forking = 0  # pid of the process that forks just now
 
@@ -22,6 +24,19 @@ def die_with(parent: int) -> None:
 def bind_forks() -> None:
     """From now on whatever this process forks, and what those fork, dies with its parent."""
     os.register_at_fork(before=_remember, after_in_child=lambda: die_with(_forking))
+
+
+def bind_spawns() -> None:
+    """For a main module whose program spawns, when it is imported, which every spawned process does
+    before all else: what was spawned dies with who spawned it, even if that one died already."""
+    if SPAWNER in os.environ:
+        die_with(int(os.environ[SPAWNER]))
+    _be_spawner()
+    os.register_at_fork(after_in_child=_be_spawner)
+
+
+def _be_spawner() -> None:
+    os.environ[SPAWNER] = str(os.getpid())
 
 
 def _remember() -> None:

@@ -71,7 +71,13 @@ class SGLangEngine:
             self._client.close()
         self._held, self.version, self._update = set(_HOLDS[Phase.generate]), -1, None
         nodes = list(dict.fromkeys(hosts))
-        assert len(nodes) == self._spec.num_nodes, f"{self.name}: on {nodes}"
+        per_node = len(hosts) // len(nodes)
+        if list(hosts) != [node for node in nodes for _ in range(per_node)]:
+            raise ValueError(
+                f"{self.name}: SGLang wants the same number of neighbouring ranks on every host; "
+                f"its ranks are on {', '.join(hosts)}"
+            )
+        gpus: Sequence[str] = call_all(self.ranks, "gpu", deadline_s=self._deadline_s)
         self._heads = [self.ranks[hosts.index(node)] for node in nodes]
         port = self._heads[0].call("free_port", deadline_s=deadline_s)
         meeting = f"{nodes[0]}:{self._heads[0].call('free_port', deadline_s=deadline_s)}"
@@ -82,6 +88,7 @@ class SGLangEngine:
                 host=nodes[0],
                 port=port,
                 rendezvous=meeting if len(nodes) > 1 else "",
+                gpus=self._gpus_of(number, gpus),
             )
             log_file = self._log_folder / f"{self.name.replace(' ', '-')}-node-{number}.log"
             head.call("start_server", place, api_key, log_file, deadline_s=deadline_s)
@@ -94,6 +101,13 @@ class SGLangEngine:
         per_state = self._spec.dims.tp // len(states)
         self._cache_bytes = round(sum(m["kvcache"] for m in memory) * per_state * 2**30)
         self._graph_bytes = round(sum(sum(m["graph"].values()) for m in memory) * per_state * 2**30)
+
+    def _gpus_of(self, node: int, gpus: Sequence[str]) -> tuple[str, ...]:
+        """Of all ranks on a host: the actor that starts its server sees its own only."""
+        if self._spec.device == "cpu":
+            return ()
+        per_node = len(gpus) // self._spec.num_nodes
+        return tuple(gpus[node * per_node : (node + 1) * per_node])
 
     def _await_ready(self, deadline_s: float) -> None:
         end = time.monotonic() + deadline_s

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from miles_lite import orphan
 from miles_lite.rollout.sglang.options import EngineSpec, options
 
 PROJECT = Path(__file__).resolve().parents[3]
 
-# Meant for this interpreter and its torch. expandable_segments, which a trainer may have set, leave
-# the allocator that releases an engine's memory without anything to release.
-_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_NOT_INHERITED = (
+    "PYTHONPATH",  # leads to this interpreter's torch
+    "PYTHONHOME",
+    # a trainer may ask for expandable segments: memory that the allocator which releases an
+    # engine's memory never sees
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    orphan.SPAWNER,  # a server watches its standard input instead
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -213,10 +213,7 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     every weight update flushes it), its strategy for Mamba states, CUDA graphs, overlap scheduling,
     the attention and expert kernels.
     """
-    chosen: dict[str, Any] = {
-        "log_level_http": "warning",  # else a line for every request
-        "skip_tokenizer_init": True,  # tokens in, tokens out
-    }
+    chosen: dict[str, Any] = {"log_level_http": "warning"}  # else a line for every request
     if spec.device == "cuda":
         # SGLang leaves a tenth of an H200 to activations and graphs, as if it were alone there; a
         # trainer that released everything still has its CUDA context and NCCL's buffers.

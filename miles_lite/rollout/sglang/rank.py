@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import socket
@@ -54,6 +55,10 @@ class SGLangRank:
         self._listener = Listener(self.address.path, "AF_UNIX", authkey=self.address.key)
 
     # ------------------------------------------------------------------ the server of this host
+
+    def gpu(self) -> str:
+        """The device that Ray gave this actor, as CUDA_VISIBLE_DEVICES names it."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def free_port(self) -> int:
         """A port that was free a moment ago on this host."""

@@ -23,12 +23,12 @@ from typing import Any
 
 from miles_lite import orphan
 
-if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-    from miles_lite.rollout.sglang.cpu import shim
+if __name__ in ("__main__", "__mp_main__"):
+    orphan.bind_spawns()
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        from miles_lite.rollout.sglang.cpu import shim
 
-    shim.install()
-if __name__ == "__mp_main__":
-    orphan.die_with(os.getppid())
+        shim.install()
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _die_with_stdin() -> None:
     """Unlike a parent-death signal this follows the parent process, not the thread of it that
-    started us. The children follow by such signals, which SGLang sets too, though later."""
+    started us. The children follow by such signals."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGKILL)

@@ -86,8 +86,11 @@ class Server:
         return [self.process, *self.process.children(recursive=True)]
 
     def load_weights(self) -> None:
-        reply = self.call("/update_weights_from_disk", {"model_path": str(MODEL)})
-        assert reply["success"], reply
+        body = {"model_path": str(MODEL), "load_format": "auto"}
+        try:
+            self.call("/update_weights_from_disk", body)
+        except urllib.error.HTTPError as error:
+            pytest.fail(error.read().decode())
 
 
 @contextlib.contextmanager

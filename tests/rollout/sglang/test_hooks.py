@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.rollout.sglang.cpu import hooks
+from miles_lite.rollout.sglang import hooks
 
 PROJECT = Path(__file__).resolve().parents[3]
 
@@ -29,7 +29,7 @@ def test_a_name_is_replaced_before_another_module_copies_it(tmp_path: Path) -> N
     (tmp_path / "user.py").write_text("from library import answer\n")
     done = run(
         tmp_path,
-        "from miles_lite.rollout.sglang.cpu import hooks\n"
+        "from miles_lite.rollout.sglang import hooks\n"
         "hooks.after_import({'library': lambda m: setattr(m, 'answer', lambda: 2)})\n"
         "import user; print(user.answer())\n",
     )

@@ -1,4 +1,4 @@
-"""The real server on a CPU: says what transformers says at every layout, and leaves no trace."""
+"""The real server on a CPU says what transformers says, at every layout, and leaves no trace."""
 
 from __future__ import annotations
 

@@ -25,19 +25,6 @@ def _patch_attention(module: Any) -> None:
     module.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
 
 
-def patch_idle_rank(module: Any) -> None:
-    """A DP rank without requests returns from a Mamba or attention layer without closing the
-    layer's residual, and the next layer refuses it. Nothing in that depends on the device."""
-
-    def forward(self: Any, *, hidden_states: Tensor, forward_batch: Any) -> Any:
-        hidden_states = self.boundary.prepare(hidden_states, forward_batch)
-        if not forward_batch.forward_mode.is_idle():
-            hidden_states = self._forward_mixer(hidden_states, forward_batch)
-        return self.boundary.finish(hidden_states, forward_batch)
-
-    module.NemotronHAttnLikeDecoderLayer.forward = forward
-
-
 PATCHES = {
     "sglang.srt.distributed.parallel_state": _patch_collectives,
     "sglang.srt.layers.attention.torch_native_backend": _patch_attention,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from miles_lite.rollout.sglang import hooks, idle_rank
 from miles_lite.rollout.sglang.cpu import (
     dp_attention,
-    hooks,
     kernels,
     mamba,
     memory,
@@ -32,11 +32,11 @@ def install() -> None:
             **memory.PATCHES,
             **unpadded.PATCHES,
             **sampling.PATCHES,
-            "sglang.srt.models.nemotron_h": _patch_model,
+            idle_rank.MODULE: _patch_model,
         }
     )
 
 
 def _patch_model(module: Any) -> None:
     moe.patch_router(module)
-    dp_attention.patch_idle_rank(module)
+    idle_rank.mend(module)

@@ -37,5 +37,5 @@ class _Hooks(MetaPathFinder):
 def after_import(patches: Mapping[str, Patch]) -> None:
     """From now on. RuntimeError if one of the modules is there already, too late to be patched."""
     if late := sorted(set(patches) & set(sys.modules)):
-        raise RuntimeError(f"imported before the CPU shim was installed: {', '.join(late)}")
+        raise RuntimeError(f"imported before they could be patched: {', '.join(late)}")
     sys.meta_path.insert(0, _Hooks(patches))
