@@ -37,7 +37,7 @@ def test_a_name_is_replaced_before_another_module_copies_it(tmp_path: Path) -> N
 
 
 def test_a_module_that_is_there_already_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"before the CPU shim was installed: json"):
+    with pytest.raises(RuntimeError, match=r"before they could be patched: json"):
         hooks.after_import({"json": lambda module: None})
 
 
