@@ -79,15 +79,14 @@ class SGLangEngine:
             )
         gpus: Sequence[str] = call_all(self.ranks, "gpu", deadline_s=self._deadline_s)
         self._heads = [self.ranks[hosts.index(node)] for node in nodes]
-        port = self._heads[0].call("free_port", deadline_s=deadline_s)
-        meeting = f"{nodes[0]}:{self._heads[0].call('free_port', deadline_s=deadline_s)}"
+        port, meeting = self._heads[0].call("free_ports", 2, deadline_s=deadline_s)
         api_key = secrets.token_hex(32)
         for number, head in enumerate(self._heads):
             place = Place(
                 node_rank=number,
-                host=nodes[0],
+                host=nodes[number],  # the others answer health checks there
                 port=port,
-                rendezvous=meeting if len(nodes) > 1 else "",
+                rendezvous=f"{nodes[0]}:{meeting}" if len(nodes) > 1 else "",
                 gpus=self._gpus_of(number, gpus),
             )
             log_file = self._log_folder / f"{self.name.replace(' ', '-')}-node-{number}.log"

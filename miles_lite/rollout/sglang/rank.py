@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -60,11 +61,16 @@ class SGLangRank:
         """The device that Ray gave this actor, as CUDA_VISIBLE_DEVICES names it."""
         return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
-    def free_port(self) -> int:
-        """A port that was free a moment ago on this host."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+    def free_ports(self, count: int) -> list[int]:
+        """Ports of this host that nobody uses, and that the system gives to nobody who asks for
+        any: it takes a server a minute from here to their use."""
+        found: set[int] = set()
+        while len(found) < count:
+            port = random.randrange(20_000, _first_ephemeral_port())
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("", port))
+                found.add(port)
+        return list(found)
 
     def start_server(self, place: Place, api_key: str, log_file: Path) -> None:
         """Begin to bring up the server of this host, in place of one that was; returns at once."""
@@ -191,6 +197,10 @@ class SGLangRank:
         if "error" in answer:
             raise EngineError(answer["error"])
         return answer
+
+
+def _first_ephemeral_port() -> int:
+    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
 
 def _runs(process: psutil.Process) -> bool:

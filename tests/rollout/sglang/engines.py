@@ -28,6 +28,7 @@ from miles_lite.weights.transport import compare
 from tests.rollout.sglang.servers import START_S, python
 
 DEADLINE_S = 120.0
+HOSTS = ["127.0.0.1", "127.0.0.2"]  # this machine, under as many names as an engine has hosts
 
 Change = Callable[[list[Route]], list[Route]]
 
@@ -105,7 +106,8 @@ def started(
             ranks.append(Remote(name, actor.remote(name, engine_spec, held[rank], DEADLINE_S)))
         engine = SGLangEngine("engine 0", ranks, (model, held), engine_spec, log_folder, DEADLINE_S)
         try:
-            engine.connect(["127.0.0.1"] * dims.tp, START_S)
+            hosts = HOSTS[: engine_spec.num_nodes]
+            engine.connect([host for host in hosts for _ in range(dims.tp // len(hosts))], START_S)
             yield engine
         finally:
             engine.close()

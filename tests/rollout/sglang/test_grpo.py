@@ -44,7 +44,7 @@ def test_both_engines_serve_the_same_policy(runs: dict[str, Path]) -> None:
     answers = {}
     for name, folder in runs.items():
         (first, *_) = sorted((folder / "eval").glob("*/step_*0.jsonl.gz"))
-        answers[name] = [(s["prompt"], s["response"], s["reward"]) for s in read_samples(first)]
+        answers[name] = [(s.prompt, s.response, s.reward) for s in read_samples(first)]
     assert len(answers["sglang"]) > 20
     assert answers["sglang"] == answers["embedded"]
 
@@ -58,13 +58,13 @@ def test_metrics_of_both_agree(runs: dict[str, Path]) -> None:
         assert ours["train/train_rollout_logprob_abs_diff"] < 1e-4
         assert ours["train/routing_flip_rate"] == 0
         assert ours["rollout/weight_version/mean"] == step
-        assert ours["sync/bytes"] == theirs["sync/bytes"]
         assert ours["sync/bytes_over_hosted"] == 1.0
         assert ours["memory/train/rollout_weights_bytes"] == 0
         # 32 answers of a policy that is right about half the time: three standard errors
         assert ours["rollout/raw_reward"] == pytest.approx(theirs["rollout/raw_reward"], abs=0.3)
 
 
-def test_server_logs_stay_with_the_run(runs: dict[str, Path]) -> None:
-    log = runs["sglang"] / "engines" / "engine-0-node-0.log"
-    assert "server_args" in log.read_text() or log.stat().st_size > 1000
+def test_the_log_of_the_server_stays_with_the_run_and_has_no_secret(runs: dict[str, Path]) -> None:
+    log = (runs["sglang"] / "engines" / "engine-0-node-0.log").read_text()
+    assert "api_key='***'" in log or "api_key" not in log
+    assert "/generate" not in log  # a line for every request would bury the rest
