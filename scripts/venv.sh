@@ -1,5 +1,5 @@
-# shellcheck shell=bash
-# What the set-up scripts share; to be sourced after `me` (their name) and `venv` (the folder) are set.
+# shellcheck shell=bash disable=SC2154 # `me` and `venv` are set by who sources this
+# What the set-up scripts share. `me` is their name, `venv` the folder of their environment.
 
 say() { echo "$me: $*"; }
 fail() {

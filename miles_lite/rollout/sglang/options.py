@@ -7,6 +7,7 @@ are chosen here and may be overridden. The rest keep SGLang's defaults. Imports 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,8 @@ class EngineSpec:
             seed=cfg.seed,
             threads=cfg.cluster.threads_per_rank,
             return_routed_experts=cfg.algo.routing_replay,
-            python=engine.python,
+            # engines start in other folders; a bare name is looked up in the PATH
+            python=os.path.abspath(engine.python) if "/" in engine.python else engine.python,
             extra=engine.sglang,
         )
 

@@ -158,11 +158,13 @@ SGLANG = ["experiment=tiny", "rollout.engine.backend=sglang"]
 
 
 def test_the_configuration_becomes_a_spec() -> None:
-    cfg = compose([*SGLANG, "+rollout.engine.sglang.page_size=1", "eval.max_response_tokens=99"])
+    overrides = ["+rollout.engine.sglang.page_size=1", "eval.max_response_tokens=99"]
+    cfg = compose([*SGLANG, *overrides, "rollout.engine.python=an/environment/bin/python"])
     spec = EngineSpec.of(cfg, Path("/view"), "cpu")
     assert (spec.dims, spec.dtype, spec.seed) == (EngineDims(2, 2, 2), "fp32", cfg.seed)
     assert spec.max_seq_len == cfg.data.max_prompt_tokens + 99
     assert spec.extra == {"page_size": 1}
+    assert spec.python == f"{Path.cwd()}/an/environment/bin/python"
 
 
 @pytest.mark.parametrize(
