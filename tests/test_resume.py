@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from miles_lite import cli
 from miles_lite.run import read_metrics
 from miles_lite.weights.checksum import file_digest
 
@@ -196,6 +197,37 @@ def test_weights_that_compute_something_else_stop_the_run(tmp_path: Path, whole:
     output = " ".join(finish(launch(tmp_path, "train.num_steps=9"), 1).split())
     assert "give the last answers of the run log-probs that differ by 0.00" in output
     assert "remove this checkpoint to go on from an older one" in output
+
+
+@pytest.mark.slow
+def test_export_refuses_a_damaged_checkpoint(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    assert cli.run(["export", f"{run}@8", "--out", str(tmp_path / "good")]) == 0
+    exported, trained = load_file(tmp_path / "good/model.safetensors"), weights(whole)
+    assert all(torch.equal(exported[name], tensor) for name, tensor in trained.items())
+    victim = max((run / "checkpoints/step_000008/policy").glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    capsys.readouterr()
+    assert cli.run(["export", str(run), "--out", str(tmp_path / "bad")]) == 2
+    told = capsys.readouterr().err
+    assert f"step_000008 is damaged: the contents of policy/{victim.name} have changed" in told
+    assert "RUN@STEP takes another one of step_000006, step_000008" in told
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.slow
+def test_a_lost_config_lets_no_other_settings_in(tmp_path: Path, whole: Path) -> None:
+    """The checkpoint knows with what settings it was made."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "config.yaml").unlink()
+    lines = (run / "metrics.jsonl").read_bytes()
+    output = " ".join(finish(launch(tmp_path, "train.num_steps=9", "optim.lr=1e-3"), 2).split())
+    assert "holds a run of other settings, which cannot go on with optim.lr = 0.001" in output
+    assert (run / "metrics.jsonl").read_bytes() == lines
 
 
 @pytest.mark.slow

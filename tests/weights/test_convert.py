@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, share
 from miles_lite.weights.convert import ToDist, ToHf, verify
+from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.hf_files import INDEX
 from miles_lite.weights.torch_dist import DistCheckpoint
 
@@ -125,6 +126,24 @@ def test_the_pattern_is_written_for_everybody(
     assert written["mtp_layers_block_type"] == ["attention", "moe"]
     read = AutoConfig.from_pretrained(tmp_path / "back")
     assert (read.hybrid_override_pattern, read.mtp_hybrid_override_pattern) == ("MEM*EM*E", "*E")
+
+
+def test_a_trained_model_spells_it_for_everybody_too(copy: Path, tmp_path: Path) -> None:
+    """What a run leaves in hf/; and no manifest of the untrained weights."""
+    config = json.loads((copy / "config.json").read_text())
+    words = dict(zip("ME*", SPELLINGS[1], strict=True))
+    config["layers_block_type"] = [words[kind] for kind in config.pop("hybrid_override_pattern")]
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "manifest.json").write_text("{}")
+    writer = HfWriter(tmp_path / "trained", HfCheckpoint(copy))
+    writer.create()
+    writer.finish()
+    written = json.loads((tmp_path / "trained/config.json").read_text())
+    assert written["hybrid_override_pattern"] == "MEM*EM*E"
+    assert set(written["layers_block_type"]) == set(NAMES)
+    assert {path.name for path in (tmp_path / "trained").iterdir()} == {
+        path.name for path in copy.iterdir() if path.name != "manifest.json"
+    }
 
 
 def test_everything_else_travels_along(copy: Path, tmp_path: Path) -> None:
