@@ -79,6 +79,10 @@ def read(cfg: Config) -> Inputs:
     """The same, without asking the reward whether it can be won."""
     model = NemotronH.from_folder(cfg.model.path)
     rules.check(cfg, model)
+    if cfg.rollout.engine.backend != "embedded":
+        raise ConfigError(
+            f"rollout.engine.backend = {cfg.rollout.engine.backend} can be planned, not run yet"
+        )
     if cfg.train.megatron:
         _check_megatron_fields(cfg, model)
     if not model.eos_token_ids:
