@@ -139,7 +139,7 @@ def _checked_override(override: str) -> str:
         )
     if "[" in value and value[0] not in "[{'\"":
         override = f"{key}='{value}'"  # rows of a file, which hydra would take for a list
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"hardware"}
     if key in groups:
         return override
     cls: Any = Config

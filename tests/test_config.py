@@ -65,6 +65,7 @@ def test_a_group_can_be_swapped_and_a_free_section_extended() -> None:
         (["experiment=tiny", "train.num_steps=0"], ["train", "num_steps = 0", "at least 1"]),
         (["experiment=tiny", "model.path=???"], ["model.path=..."]),
         (["experiment=tiny", "model=none_such"], ["none_such"]),
+        (["experiment=tiny", "hardware=h100"], ["cluster.hardware"]),
     ],
 )
 def test_a_bad_override_is_explained(overrides: list[str], words: list[str]) -> None:

@@ -218,9 +218,8 @@ def host_items(sizes: Sizes, phase: str, node: Sequence[Stage], num_engines: int
                 if item.party != "machine":
                     add(item.what, item.num_bytes, item.party)
             continue
-        if phase == "generate":
-            add("weights", stage.weight_bytes)
-        if phase in ("generate", "sync"):
+        add("weights", stage.weight_bytes)  # pinned once, for good
+        if not cfg.optim.cpu_offload:  # else the masters go where their copies are
             add("optimizer of the device", device)
         if phase == "save":
             add("checkpoint on its way", stage.weight_bytes + device)

@@ -140,6 +140,7 @@ def _time(plan: Plan) -> Table:
             f"{name} {seconds:,.1f}" for name, seconds in phase.parts.items() if seconds >= 0.05
         )
         table.add_row(phase.phase, f"{phase.floor_s:,.2f}", f"{phase.estimate_s:,.2f}", parts)
+    table.columns[3].justify = "left"
     step = plan.step
     table.add_row("step", f"{step.floor_s:,.2f}", f"{step.estimate_s:,.2f}", "", style="bold")
     table.caption = (

@@ -70,7 +70,7 @@ def _verify(cfg: Config, model: NemotronH, rank: int) -> Verified:
             module = build_model(model, config)
             _compare_shapes(model, cfg, rank, named_weights(module))
             ddp = optimizer.wrap_ddp(module)
-        held = memory.DeviceMemory(ddp, torch.device("meta"), list).held_bytes()
+        held = memory.DeviceMemory(ddp, torch.device("meta"), dict).held_bytes()
         found = Verified(
             rank,
             sum(parameter.numel() for parameter in ddp.module.parameters()),

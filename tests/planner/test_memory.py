@@ -144,7 +144,14 @@ def test_hosts_hold_what_leaves_the_devices() -> None:
     assert held["optimizer"] / 1e9 == pytest.approx(564, abs=1)
     assert held["weights"] / 1e9 == pytest.approx(88.8, abs=0.1)
     total = memory.total(memory.host_items(sizes, "train", *node))
-    assert total == held["optimizer"] + int(100e9)
+    assert total == held["optimizer"] + held["weights"] + int(100e9)
+    on_device = planned("experiment=nemotron3_nano_30b")
+    node = memory.on_node(on_device, 0)
+    held = {item.what: item.num_bytes for item in memory.host_items(on_device, "train", *node)}
+    assert held["optimizer of the device"] == sum(
+        memory.optimizer_bytes(on_device, stage)[0] for stage in node[0]
+    )
+    node = memory.on_node(sizes, 0)
     reference = planned("experiment=nemotron3_ultra", "algo.kl_loss_coef=0.1")
     more = memory.total(memory.host_items(reference, "train", *node)) - total
     assert more == 8 * sizes.stages[0].weight_bytes

@@ -184,7 +184,7 @@ def _held(world: World, cfg: Config) -> dict[str, int]:
 
         dtype = DTYPES[cfg.model.dtype]
         config = transformer_config(TINY, cfg.parallel.dims, dtype, {})
-        ddp = optimizer.wrap_ddp(build_model(TINY, config))
+        ddp: Any = optimizer.wrap_ddp(build_model(TINY, config))
         adam = optimizer.Optimizer(ddp, cfg.optim, dtype)
         for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
             buffer.grad_data.normal_()

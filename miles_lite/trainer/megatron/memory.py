@@ -7,7 +7,7 @@ buffers, views and hooks stay valid; Megatron's own gradient offload works the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,14 +29,16 @@ class DeviceMemory:
         self,
         ddp: DistributedDataParallel,
         device: torch.device,
-        optimizer: Callable[[], list[torch.UntypedStorage]],
+        optimizer: Callable[[], Mapping[torch.UntypedStorage, torch.Tensor | None]],
     ) -> None:
+        """optimizer: what it keeps or updates, and for what an offloaded one has on the host too,
+        that copy."""
         self._ddp = ddp
         self._device = device
         module: torch.nn.Module = ddp.module  # megatron does not type it
         self._weights = storages([*module.parameters(), *module.buffers()])
         self._optimizer = optimizer
-        self._away: dict[str, Away] = {}
+        self._away = {what: Away(pin=True) for what in ("weights", "optimizer")}
         self._has_grads = True
         self._suspended: list[Any] = []  # process groups whose buffers are off the device
 
@@ -70,18 +72,18 @@ class DeviceMemory:
             held["device"] = total - free
         return held
 
-    def _of_optimizer(self) -> list[torch.UntypedStorage]:
+    def _of_optimizer(self) -> dict[torch.UntypedStorage, torch.Tensor | None]:
         """On this device, apart from what is the model's own."""
         ddp: Any = self._ddp
         grads = [
             b.grad_data.untyped_storage() for b in [*ddp.buffers, *ddp.expert_parallel_buffers]
         ]
         own = {storage._cdata for storage in [*self._weights, *grads]}
-        return [
-            storage
-            for storage in self._optimizer()
+        return {
+            storage: copy
+            for storage, copy in self._optimizer().items()
             if storage.device.type == self._device.type and storage._cdata not in own
-        ]
+        }
 
     def _set_grads(self, wanted: bool) -> None:
         if wanted == self._has_grads:
@@ -93,15 +95,14 @@ class DeviceMemory:
         self._has_grads = wanted
 
     def _set(self, what: str, wanted: bool) -> None:
-        if self._device.type == "cpu" or wanted == (what not in self._away):
+        away = self._away[what]
+        if self._device.type == "cpu" or wanted != away.is_away:
             return
         if wanted:
-            away = self._away.pop(what)
             await_free(away.num_bytes, self._device)
             away.come_back()
         else:
-            leaving = self._weights if what == "weights" else self._of_optimizer()
-            self._away[what] = Away(leaving, pin=True)
+            away.leave(dict.fromkeys(self._weights) if what == "weights" else self._of_optimizer())
             torch.cuda.empty_cache()
 
 
@@ -120,32 +121,53 @@ def await_free(num_bytes: int, device: torch.device, deadline_s: float = 60.0) -
 
 
 class Away:
-    """Storages that lie on the host while their device has better use for the room."""
+    """Storages that lie on the host while their device has better use for the room.
 
-    def __init__(self, leaving: Sequence[torch.UntypedStorage], pin: bool) -> None:
-        self._storages = leaving
-        self._host = [
-            torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin) for storage in leaving
-        ]
-        for storage, host in zip(leaving, self._host, strict=True):
-            host.copy_(_bytes(storage), non_blocking=True)
-        self._wait()
+    Host copies are made once: pinning memory is slow.
+    """
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._copies: dict[int, torch.Tensor] = {}  # by storage
+        self._gone: list[torch.UntypedStorage] = []
+
+    @property
+    def is_away(self) -> bool:
+        return bool(self._gone)
+
+    def leave(self, leaving: Mapping[torch.UntypedStorage, torch.Tensor | None]) -> None:
+        """Each with the host tensor to copy it to, of as many bytes, or None for one of our own."""
+        for storage, copy in leaving.items():
+            if storage._cdata not in self._copies:
+                self._copies[storage._cdata] = self._host(storage) if copy is None else copy
+            _bytes(self._copies[storage._cdata].untyped_storage()).copy_(
+                _bytes(storage), non_blocking=True
+            )
+        _wait(leaving)
+        self._gone = list(leaving)
         for storage in leaving:
             storage.resize_(0)
 
     @property
     def num_bytes(self) -> int:
-        return sum(host.numel() for host in self._host)
+        """That it takes to come back."""
+        return sum(self._copies[storage._cdata].nbytes for storage in self._gone)
 
     def come_back(self) -> None:
-        for storage, host in zip(self._storages, self._host, strict=True):
-            storage.resize_(host.numel())
-            _bytes(storage).copy_(host, non_blocking=True)
-        self._wait()
+        for storage in self._gone:
+            copy = self._copies[storage._cdata].untyped_storage()
+            storage.resize_(copy.nbytes())
+            _bytes(storage).copy_(_bytes(copy), non_blocking=True)
+        _wait(self._gone)
+        self._gone = []
 
-    def _wait(self) -> None:
-        if any(storage.device.type == "cuda" for storage in self._storages):
-            torch.cuda.synchronize()
+    def _host(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        return torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._pin)
+
+
+def _wait(moved: Iterable[torch.UntypedStorage]) -> None:
+    if any(storage.device.type == "cuda" for storage in moved):
+        torch.cuda.synchronize()
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:

@@ -129,10 +129,14 @@ class Optimizer:
         self._updates += 1
         return float(norm)
 
-    def storages(self) -> list[torch.UntypedStorage]:
+    def storages(self) -> dict[torch.UntypedStorage, torch.Tensor | None]:
         """All that it updates or keeps, wherever it lies: moments, masters, and what an offloaded
-        one has on the host. A master that is no copy is the model's own weight. Counters aside."""
+        one has on the host. A master that is no copy is the model's own weight. Counters aside.
+
+        With each, the copy that an offloaded optimizer updates in its place, if it has one.
+        """
         found: list[torch.Tensor] = []
+        copies: dict[int, torch.Tensor] = {}
         for inner in self._parts():
             if (torch_optimizer := inner.optimizer) is None:
                 continue
@@ -140,9 +144,12 @@ class Optimizer:
                 found += group["params"]
             for state in torch_optimizer.state.values():
                 found += [v for v in state.values() if torch.is_tensor(v) and v.dim()]
-            for copies in ("gpu_params_map_cpu_copy", "cpu_copy_map_grad", "param_to_fp32_param"):
-                found += getattr(torch_optimizer, copies, {}).values()
-        return storages(found)
+            on_host = getattr(torch_optimizer, "gpu_params_map_cpu_copy", {})
+            found += on_host.values()
+            copies |= {p.untyped_storage()._cdata: copy for p, copy in on_host.items()}
+            for kept in ("cpu_copy_map_grad", "param_to_fp32_param"):
+                found += getattr(torch_optimizer, kept, {}).values()
+        return {storage: copies.get(storage._cdata) for storage in storages(found)}
 
     def _refuse_non_finite_norm(self) -> None:
         """Megatron would clip by a NaN norm, which makes every weight NaN: stop it before."""
