@@ -181,11 +181,6 @@ def planned_refusal(overrides: list[str]) -> str:
         ),
         (
             "nano_4b",
-            "rollout.engine.tp=6 rollout.engine.dp=6 rollout.engine.num_engines=1",
-            r"rollout\.engine\.tp = 6 on hosts of 8 devices",
-        ),
-        (
-            "nano_4b",
             "parallel.dp=5 train.global_batch=140 rollout.num_prompts=35",
             r"10 devices .* hosts of 8: take 8 or 16",
         ),
