@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from miles_lite.models.flops import train_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import rules
 from miles_lite.planner.plan import Expected
-from miles_lite.protocols import Engine
+from miles_lite.protocols import Engine, Phase
 from miles_lite.rollout.evaluate import EvalSet
 from miles_lite.rollout.manager import RolloutManager, RolloutSettings, derive_seed
 from miles_lite.rollout.probes import CLOSE, Kind
@@ -134,17 +135,17 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
         env = {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
         start_engine = _ENGINES[cfg.rollout.engine.backend]
         size = cfg.rollout.engine.tp
-        engines: list[StartedEngine] = []
-        for index in range(cfg.rollout.engine.num_engines):
-            theirs = bundles[index * size : (index + 1) * size]  # neighbouring devices
-            spot = Spot(f"engine {index}", theirs, device, env, log_folder)
-            engines.append(start_engine(cfg, inputs.model, spot))
-            stack.callback(engines[-1].close)
+        spots = [
+            Spot(f"engine {i}", bundles[i * size : (i + 1) * size], device, env, log_folder)
+            for i in range(cfg.rollout.engine.num_engines)
+        ]
+        engines = [start_engine(cfg, inputs.model, spot) for spot in spots]
+        for engine in engines:
+            stack.callback(engine.close)
         trainer = _start_trainer(cfg, bundles, device, env)
         stack.callback(trainer.close)
-        for index, engine in enumerate(engines):
-            hosts = [bundle.host for bundle in bundles[index * size : (index + 1) * size]]
-            engine.connect(hosts, cfg.cluster.start_timeout_s)
+        trainer.enter(Phase.generate)  # engines measure what is free when they come up
+        _connect(engines, spots, cfg.cluster.start_timeout_s)
         rewards = stack.enter_context(reward_workers(cfg, cfg.reward.workers))
         rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs))
         weights = [source.weight for source in cfg.data.train.values()]
@@ -157,6 +158,17 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
             packing=PackSettings.of(cfg, partial(train_flops, inputs.model)),
             expected=expected,
         )
+
+
+def _connect(engines: Sequence[StartedEngine], spots: Sequence[Spot], deadline_s: float) -> None:
+    """All at once: each may take minutes. Raises the first failure."""
+    with ThreadPoolExecutor(len(engines)) as pool:
+        calls = [
+            pool.submit(engine.connect, [bundle.host for bundle in spot.bundles], deadline_s)
+            for engine, spot in zip(engines, spots, strict=True)
+        ]
+        for call in as_completed(calls):
+            call.result()
 
 
 def _rollout(cfg: Config, inputs: Inputs) -> RolloutSettings:
@@ -215,7 +227,7 @@ class Spot:
     """Where an engine is to be."""
 
     name: str
-    bundles: Sequence[Bundle]  # one a rank
+    bundles: Sequence[Bundle]  # one a rank, neighbouring devices
     device: str
     env: Mapping[str, str]
     log_folder: Path

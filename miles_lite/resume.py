@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,6 +106,13 @@ def _check_scores(found: Checkpoint, parts: Parts) -> None:
     pairs = zip(state["scores"], again, strict=True)
     gaps = [abs(a - b) for before, after in pairs for a, b in zip(before, after, strict=True)]
     gap = statistics.fmean(gaps)
+    if math.isnan(state["drift"]):  # of a step in which nothing was trained on
+        logger.warning(
+            "scored %d answers again: %.2g nats a token apart, and no drift to hold it against",
+            len(probe),
+            gap,
+        )
+        return
     limit = max(ROUNDING, SURPRISE * state["drift"])
     if not gap <= limit:  # also NaN
         raise CheckpointError(

@@ -19,6 +19,7 @@ class Lease:
 
     def __init__(self, trainer: Resident, rollout: Resident) -> None:
         self._parties = {"trainer": trainer, "rollout": rollout}
+        self._phase: Phase | None = None  # None before the first
         self._held: Metrics = {}
         self._usual: Metrics = {}  # the most that was held by the second entry of each phase
         self._entries: Counter[Phase] = Counter()
@@ -26,13 +27,14 @@ class Lease:
     def enter(self, phase: Phase) -> None:
         """Whoever shrinks goes first, so that both never need the device at once.
 
-        Entering train the rollout shrinks; entering generate or sync the trainer does (from sync
-        to generate it gives its weights back before the caches are made).
+        Entering train the rollout shrinks, and from generate to sync too; else the trainer does
+        (from sync to generate it gives its weights back before the caches are made).
         """
         begin = time.perf_counter()
         order = ["trainer", "rollout"]
-        if phase is Phase.train:
+        if phase is Phase.train or (self._phase, phase) == (Phase.generate, Phase.sync):
             order.reverse()
+        self._phase = phase
         for name in order:
             self._parties[name].enter(phase)
         self._held[f"perf/enter_{phase.value}_time"] = time.perf_counter() - begin

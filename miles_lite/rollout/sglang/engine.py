@@ -65,8 +65,8 @@ class SGLangEngine:
     # ------------------------------------------------------------------ life
 
     def connect(self, hosts: Sequence[str], deadline_s: float) -> None:
-        """Start the servers, or start them anew; hosts: of each rank. Raises EngineError with the
-        end of a log."""
+        """Start the servers, or start them anew, and wait until they could serve; they hold nothing
+        then. hosts: of each rank. Raises EngineError with the end of a log."""
         if self._client is not None:
             self._client.close()
         self._held, self.version, self._update = set(_HOLDS[Phase.generate]), -1, None
@@ -100,6 +100,7 @@ class SGLangEngine:
         per_state = self._spec.dims.tp // len(states)
         self._cache_bytes = round(sum(m["kvcache"] for m in memory) * per_state * 2**30)
         self._graph_bytes = round(sum(sum(m["graph"].values()) for m in memory) * per_state * 2**30)
+        self.enter(Phase.train)  # the device is the trainer's until the engine is called
 
     def _gpus_of(self, node: int, gpus: Sequence[str]) -> tuple[str, ...]:
         """Of all ranks on a host: the actor that starts its server sees its own only."""

@@ -72,6 +72,8 @@ def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
         "dist_init_addr": place.rendezvous or None,
     }
     env = environment(spec)
+    if spec.num_nodes > 1:
+        env["SGLANG_HOST_IP"] = place.host  # else it asks the route to the internet for its address
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
     return Launch(
