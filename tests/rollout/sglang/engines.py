@@ -17,7 +17,6 @@ from miles_lite.parallel import EngineDims, ParallelDims
 from miles_lite.protocols import Phase
 from miles_lite.rollout.sglang.engine import LOADER, SGLangEngine
 from miles_lite.rollout.sglang.layout import Cuts, params
-from miles_lite.rollout.sglang.options import EngineSpec
 from miles_lite.rollout.sglang.rank import SGLangRank
 from miles_lite.types import Completion, Request
 from miles_lite.weights.hf import HfCheckpoint
@@ -25,10 +24,9 @@ from miles_lite.weights.plan import Route, sync_plan
 from miles_lite.weights.sender import Sender, itineraries
 from miles_lite.weights.table import hf_tensors, trainer_layout
 from miles_lite.weights.transport import compare
-from tests.rollout.sglang.servers import START_S, python
+from tests.rollout.sglang.servers import START_S, spec
 
 DEADLINE_S = 120.0
-HOSTS = ["127.0.0.1", "127.0.0.2"]  # this machine, under as many names as an engine has hosts
 
 Change = Callable[[list[Route]], list[Route]]
 
@@ -78,24 +76,19 @@ class Trainer:
 
 @contextlib.contextmanager
 def started(
-    folder: Path, dims: EngineDims, log_folder: Path, **spec: object
+    folder: Path, dims: EngineDims, log_folder: Path, **changes: object
 ) -> Iterator[SGLangEngine]:
     """A server that is up, in a Ray of its own."""
     model = NemotronH.from_folder(folder)
-    options: dict = dict(
-        folder=folder,
-        dims=dims,
-        dtype="fp32",
-        device="cpu",
+    engine_spec = spec(
+        folder,
+        dims,
         max_seq_len=256,
-        max_running=8,
         prefill_tokens=1024,
-        seed=1,
-        weight_loaders=(LOADER,),
-        python=python(),
         return_routed_experts=True,
+        weight_loaders=(LOADER,),
+        **changes,
     )
-    engine_spec = EngineSpec(**{**options, **spec})
     held = [params(model, dims, rank, Cuts()) for rank in range(dims.tp)]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR")
     try:
@@ -106,8 +99,7 @@ def started(
             ranks.append(Remote(name, actor.remote(name, engine_spec, held[rank], DEADLINE_S)))
         engine = SGLangEngine("engine 0", ranks, (model, held), engine_spec, log_folder, DEADLINE_S)
         try:
-            hosts = HOSTS[: engine_spec.num_nodes]
-            engine.connect([host for host in hosts for _ in range(dims.tp // len(hosts))], START_S)
+            engine.connect(["127.0.0.1"] * dims.tp, START_S)
             yield engine
         finally:
             engine.close()
