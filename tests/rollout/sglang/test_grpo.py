@@ -51,7 +51,7 @@ def test_both_engines_serve_the_same_policy(runs: dict[str, Path]) -> None:
 
 def test_metrics_of_both_agree(runs: dict[str, Path]) -> None:
     sglang, embedded = (read_metrics(runs[name]) for name in ("sglang", "embedded"))
-    assert set(sglang) == set(embedded) == set(range(STEPS))
+    assert set(sglang) == set(embedded) >= set(range(STEPS))
     # groups of equal rewards are counted by the reward that they have
     missing = set(embedded[0]) - set(sglang[0])
     assert not {name for name in missing if not name.startswith("rollout/zero_std/count_")}
