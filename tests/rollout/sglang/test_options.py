@@ -203,3 +203,14 @@ def test_a_missing_interpreter_says_how_to_make_one() -> None:
 def test_an_interpreter_without_sglang_says_how_to_get_it() -> None:
     with pytest.raises(ConfigError, match=r"has no sglang; .*setup-sglang-cpu.*sglang=="):
         check(replace(SPEC, python=sys.executable), 100)
+
+
+def test_an_engine_of_several_hosts_is_told_which_address_and_interface_is_its_own() -> None:
+    two = replace(SPEC, num_nodes=2)
+    place = Place(port=1, host="127.0.0.1", node_rank=1, rendezvous="10.0.0.1:2")
+    started = launch(two, place, "key")
+    asked = json.loads(started.request)["options"]
+    assert (asked["nnodes"], asked["node_rank"], asked["dist_init_addr"]) == (2, 1, "10.0.0.1:2")
+    assert started.env["SGLANG_HOST_IP"] == "127.0.0.1"
+    assert started.env["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "SGLANG_HOST_IP" not in launch(SPEC, Place(port=1), "key").env
