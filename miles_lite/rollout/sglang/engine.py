@@ -280,8 +280,17 @@ class SGLangEngine:
         update, self._update = self._update, None
         if update is None:
             return
-        call_all(self.ranks, "end_sync", deadline_s=self._deadline_s)
-        update.result()
+        end = time.monotonic() + self._deadline_s
+        while True:
+            call_all(self.ranks, "end_sync", POLL_S, deadline_s=self._deadline_s)
+            try:
+                update.result(POLL_S)
+                break
+            except TimeoutError:
+                if time.monotonic() > end:
+                    raise EngineError(
+                        f"{self.name} does not come back from a sync within {self._deadline_s:g} s"
+                    ) from None
         self._post("/end_weight_update", {})
 
 

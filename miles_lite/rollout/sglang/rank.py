@@ -51,6 +51,7 @@ class SGLangRank:
         self._processes: list[psutil.Process] = []  # the server's, once it is up
         self._connection: Connection | None = None
         self._lock = threading.Lock()  # one question at a time
+        self._accepting = threading.Lock()  # one at a time takes the call of a sync
         self._folder = Path(tempfile.mkdtemp(prefix="miles-lite-"))  # of mode 0700
         self.address = Address(str(self._folder / "rank"), secrets.token_bytes(32))
         self._listener = Listener(self.address.path, "AF_UNIX", authkey=self.address.key)
@@ -134,12 +135,22 @@ class SGLangRank:
 
     def accept(self, max_wait_s: float) -> bool:
         """Whether the SGLang process of this rank has called, within max_wait_s, and is ready."""
+        with self._accepting:
+            if not self._take_call(max_wait_s):
+                return False
+            self._start()
+        return True
+
+    def _take_call(self, max_wait_s: float) -> bool:
         inner: Any = self._listener  # has no deadline of its own
         inner._listener._socket.settimeout(max_wait_s)
         try:
             self._connection = self._listener.accept()
         except TimeoutError:
             return False
+        return True
+
+    def _start(self) -> None:
         self._ask(
             "start",
             name=self._name,
@@ -150,7 +161,6 @@ class SGLangRank:
             check_names=self._check_names,  # takes a while with many experts: once for all syncs
         )
         self._check_names = False
-        return True
 
     def load_bucket(self, source: int, number: int, bucket: Bucket) -> None:
         """Have bucket `number` of trainer rank `source` copied into the live parameters."""
@@ -167,9 +177,13 @@ class SGLangRank:
         checksums: Mapping[str, list[int]] = self._ask("finish")["checksums"]
         return {int(source): sums for source, sums in checksums.items()}
 
-    def end_sync(self) -> None:
-        """Let SGLang go on. Also after a failure."""
-        connection, self._connection = self._connection, None
+    def end_sync(self, max_wait_s: float) -> None:
+        """Let SGLang go on. Also after a failure, when it may not even have called yet: within
+        max_wait_s, else this is to be called again."""
+        with self._accepting:
+            if self._connection is None:
+                self._take_call(max_wait_s)
+            connection, self._connection = self._connection, None
         if connection is None:
             return
         with contextlib.suppress(OSError, EOFError), connection:  # the rank may be gone
