@@ -1,7 +1,7 @@
 r"""Answers written in LaTeX: find the last \boxed{...}; are two answers the same?
 
 Two answers are the same if they are the same string once notation is tidied up (`tidy`), or the
-same value (`symbolic.same_value`). Cheap tests come first, so plain numbers never import sympy.
+same value (`symbolic.same_value`). Cheap tests come first: plain numbers never meet sympy.
 """
 
 from __future__ import annotations

@@ -11,8 +11,12 @@ import functools
 import logging
 from typing import Any
 
+import math_verify as library  # nothing in this folder is found without a dot
+
 from .latex import last_boxed
 from .number import exact_number
+
+logging.getLogger(library.__name__).setLevel(logging.ERROR)  # it warns of having no time-out
 
 MAX_ANSWER_LEN = 500  # characters of a boxed answer, or of a label
 READ_LEN = 1000  # characters at the end of a response without a box
@@ -44,10 +48,8 @@ def math_verify(response: str, label: str) -> float:
 
 
 def _verified(text: str, truth: str) -> bool:
-    from math_verify import verify  # the library: nothing in this folder is found without a dot
-
     gold = _parsed_label(truth)
-    return verify(gold, _parse(text), timeout_seconds=None, raise_on_error=True)
+    return library.verify(gold, _parse(text), timeout_seconds=None, raise_on_error=True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -61,7 +63,4 @@ def _parsed_label(truth: str) -> list[Any]:
 
 
 def _parse(text: str) -> list[Any]:
-    import math_verify as library
-
-    logging.getLogger(library.__name__).setLevel(logging.ERROR)  # it warns of having no time-out
     return library.parse(text, parsing_timeout=0)

@@ -15,6 +15,12 @@ import re
 from fractions import Fraction
 from typing import Any
 
+import sympy
+from pylatexenc.latex2text import LatexNodes2Text
+from sympy.parsing import sympy_parser as parser
+
+logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it warns of each malformed answer
+
 MAX_LATEX_LEN = 1000  # characters; longer LaTeX is left unconverted
 MAX_FORMULA_LEN = 500  # characters of both sides together; longer ones are not parsed
 MAX_POWER_BITS = 65_536  # of a number raised to a power
@@ -97,9 +103,6 @@ def normal_form(text: str) -> str:
 
 
 def _latex_to_text(text: str) -> str:
-    from pylatexenc.latex2text import LatexNodes2Text  # slow to import; numbers do without
-
-    logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it warns of each malformed answer
     fractions = text.replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac")
     try:
         plain = LatexNodes2Text().latex_to_text(fractions.replace("\\frac", " \\frac"))
@@ -160,8 +163,6 @@ def _same_formula(answer: str, truth: str) -> bool:
         return False
     if len(answer) + len(truth) > MAX_FORMULA_LEN:
         raise TooLarge(f"formulas of {len(answer)} and {len(truth)} characters")
-    import sympy  # slow; numbers do without
-
     try:
         return bool(sympy.simplify(_formula(truth) - _formula(answer)) == 0)
     except (TooLarge, MemoryError):
@@ -172,8 +173,6 @@ def _same_formula(answer: str, truth: str) -> bool:
 
 def _formula(text: str) -> Any:
     """The sympy expression that a text means. Raises TooLarge, or anything if it means nothing."""
-    from sympy.parsing import sympy_parser as parser
-
     rules = (*parser.standard_transformations, parser.implicit_multiplication_application)
     bracketed = f"({text})".replace("^", "**")  # within brackets a line may break
     code = parser.stringify_expr(bracketed, {}, dict(_known_names()), rules)
@@ -183,8 +182,6 @@ def _formula(text: str) -> Any:
 @functools.cache
 def _known_names() -> dict[str, Any]:
     """All that a parsed formula may name: number and symbol classes, and a few functions."""
-    import sympy
-
     makers = ("Symbol", "Function", "Integer", "Rational")  # what the tokenizer writes
     return {name: getattr(sympy, name) for name in (*makers, *_NAMES)} | {
         "Float": functools.partial(_numeral, sympy.Float),

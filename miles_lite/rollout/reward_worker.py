@@ -1,16 +1,18 @@
-"""Inside a reward worker process: load reward functions from their files and grade what is asked.
+"""Inside the reward zygote and the workers it forks: load reward functions, grade what is asked.
 
-A worker is a bare Python: it imports the reward files and nothing heavy (no torch, no ray). It
-reads batches of questions from stdin as JSON, one batch a line, and writes one line with the
-[reward, reason] of every answer of a question as soon as it is graded, so that the parent always
-knows which one is in hand. It ends when stdin does, and is killed by the kernel when its parent
-dies. It grades in its main thread, so a library may use signals.
+The zygote is a bare Python: it imports the reward files and nothing heavy of ours (no torch, no
+ray), then forks a worker whenever it is told to. A worker reads batches of questions from a pipe
+as JSON, one batch a line, and writes one line with the [reward, reason] of every answer of a
+question as soon as it is graded, so that the parent always knows which one is in hand. After a
+question that took long it asks whether to go on with the batch. It ends with its pipe, or with the
+zygote, which ends with the parent. It grades in its main thread, so a library may use signals.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -18,8 +20,12 @@ import json
 import math
 import numbers
 import os
+import random
 import resource
+import signal
+import socket
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +36,9 @@ from typing import Any, BinaryIO
 from miles_lite.orphan import die_with
 
 MAX_REASON_LEN = 200
+MAX_ERROR_LEN = 10_000
+LONG_S = 0.05  # then others may have taken over the rest of a batch
+GO_ON, DROP = b"go on\n", b"drop\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,40 +188,102 @@ def _tell_once(reward: Callable[..., Any], error: Exception) -> None:
 
 
 def main(settings: str) -> None:
-    """Serve until stdin ends. `settings` is JSON: functions ({name: [file, function, options]}),
-    parent (pid), memory_bytes. The first line told is what the functions are, or an error."""
+    """The zygote: fork until stdin, a socket, ends. `settings` is JSON: functions ({name: [file,
+    function, options]}), parent (pid), memory_bytes. The first message is [pid, what the
+    functions are], or an error."""
     asked = json.loads(settings)
-    requests, answers = _take_pipes()
+    control = socket.socket(fileno=os.dup(0))
     die_with(asked["parent"])
-    _limit_memory(asked["memory_bytes"])
+    _silence()
     try:
         rewards = {
             name: load_reward(Path(file), function, options)
             for name, (file, function, options) in asked["functions"].items()
         }
     except ValueError as error:
-        os.write(answers, json.dumps(str(error)).encode() + b"\n")
+        control.send(json.dumps(str(error)[:MAX_ERROR_LEN]).encode())
         return
     about = {name: [reward.by_group, reward.wants] for name, reward in rewards.items()}
-    os.write(answers, json.dumps(about).encode() + b"\n")
+    control.send(json.dumps([os.getpid(), about]).encode())
+    gc.freeze()  # workers share its pages for good
+    forked: set[int] = set()
+    while message := socket.recv_fds(control, 64, 2):
+        word, pipes, *_ = message
+        if not word:
+            break
+        if word == b"fork":
+            control.send(b"%d" % _fork(control, pipes, rewards, forked, asked["memory_bytes"]))
+        else:
+            _kill(forked, int(word.removeprefix(b"kill ")))
+    for pid in tuple(forked):
+        _kill(forked, pid)
+    os._exit(0)  # no exit handler of a reward's library may keep it
+
+
+def _fork(
+    control: socket.socket,
+    pipes: Sequence[int],
+    rewards: Mapping[str, Reward],
+    forked: set[int],
+    memory_bytes: int,
+) -> int:
+    """Process id of a new worker; the worker itself does not return."""
+    zygote = os.getpid()
+    pid = os.fork()
+    if pid:
+        forked.add(pid)
+        for pipe in pipes:
+            os.close(pipe)
+        return pid
+    try:
+        os.setsid()  # killing its group kills what it started
+        die_with(zygote)
+        control.close()
+        random.seed()
+        _limit_memory(memory_bytes)
+        _grade(os.fdopen(pipes[0], "rb"), pipes[1], rewards)
+    except BrokenPipeError:
+        pass  # the parent is gone
+    except Exception:
+        traceback.print_exc()
+    finally:  # also where a reward calls sys.exit
+        os._exit(0)
+
+
+def _grade(requests: BinaryIO, answers: int, rewards: Mapping[str, Reward]) -> None:
     for line in requests:
         for name, responses, label, extras in json.loads(line):
+            begin = time.monotonic()
             results = judge(rewards[name], responses, label, extras)
-            os.write(answers, json.dumps(results).encode() + b"\n")
+            took_long = time.monotonic() - begin > LONG_S
+            os.write(answers, json.dumps([results, took_long]).encode() + b"\n")
+            if took_long and requests.readline() != GO_ON:
+                break
 
 
-def _take_pipes() -> tuple[BinaryIO, int]:
-    """Keep stdin and stdout to ourselves: a reward prints to stderr and reads nothing."""
-    requests = os.fdopen(os.dup(0), "rb")
-    answers = os.dup(1)
-    os.dup2(2, 1)
+def _kill(forked: set[int], pid: int) -> None:
+    """Its number cannot belong to another process before we have waited for it."""
+    if pid not in forked:
+        return
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    forked.discard(pid)
+
+
+def _silence() -> None:
+    """A reward reads nothing, and prints to stderr."""
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.close(empty)
-    return requests, answers
+    os.dup2(2, 1)
 
 
 def _limit_memory(num_bytes: int) -> None:
+    """Also lets the kernel, short of memory, take workers before it takes ranks of the run."""
     if num_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Path("/proc/self/oom_score_adj").write_text("1000")

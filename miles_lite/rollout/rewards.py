@@ -3,11 +3,11 @@
     grade() -> pending -> lane thread -> worker process -> verdict -> the caller's event loop
 
 A lane is a thread that owns one worker and talks to it over pipes, several answers at a time. The
-worker answers one by one; silence for longer than the time limit, or a closed pipe, is therefore
-the fault of the first answer without a verdict: it becomes invalid, and the rest go back to the
-head of the queue. An answer that takes a while is set aside: it keeps that worker for itself, and
-the lane goes on with another one, so that nobody waits behind it. Nothing runs while nothing is
-asked.
+worker answers one by one, so silence or a closed pipe is the fault of the first answer without a
+verdict, and the rest of its batch goes back to the head of the queue. An answer that takes a while
+keeps its lane and worker for itself until it is done or its time is up, and two lanes take over: so
+however many are stuck, they are soon stuck side by side, and the run waits for the time limit once.
+Nothing runs while nothing is asked.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from miles_lite.config import RewardFunction
-from miles_lite.rollout.reward_process import Lost, Worker
+from miles_lite.rollout.reward_process import About, Lost, Slow, Worker, Zygote
 from miles_lite.types import Prompt, Verdict
 
 MAX_BATCH = 64  # answers on their way to one worker
-PATIENCE_S = 1.0  # then an answer is set aside
-# Answers set aside at once, each with a process of its own. With many more of them, on a machine
-# that is busy, new workers import sympy for so long that sound answers run out of time.
-MAX_ASIDE = 16
+PATIENCE_S = 0.1  # then an answer is slow, and others take over
+MAX_SLOW = 128  # answers side by side, each with a thread and a process of its own
+# Sound answers that compute for long would rob each other of their time, so there are fewer of them
+# side by side unless that many verdicts in a row were quick to come: then slow ones are stuck.
+MAX_SLOW_PER_CORE = 4
+NUM_QUICK = 64
+NUM_CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class _Item:
     num_responses: int
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[Verdict]]
+    is_retry: bool = False
 
     def failed(self, reason: str) -> list[Verdict]:
         return [Verdict(0.0, reason)] * self.num_responses
@@ -81,44 +84,34 @@ class RewardWorkers:
         if self.limits.timeout_s <= 0:
             raise ValueError(f"timeout_s must be above 0, not {self.limits.timeout_s}")
         self._functions = dict(functions)
-        self._settings = {
-            "functions": {
-                name: [str(f.file.resolve()), f.function, f.options]
-                for name, f in functions.items()
-            },
-            "parent": os.getpid(),
-            "memory_bytes": self.limits.memory_bytes,
-        }
-        self._pending: deque[_Item] = deque()
-        self._wake = threading.Condition()  # guards _pending, _closed, _cache, _aside
+        self._zygote = Zygote(
+            {
+                "functions": {
+                    name: [str(f.file.resolve()), f.function, f.options]
+                    for name, f in functions.items()
+                },
+                "parent": os.getpid(),
+                "memory_bytes": self.limits.memory_bytes,
+            }
+        )
+        self._about: About = self._zygote.about
+        self._wake = threading.Condition()  # guards all below
         self._closed = False
+        self._pending: deque[_Item] = deque()
         self._cache: OrderedDict[bytes, list[Verdict]] = OrderedDict()
-        self._workers: list[Worker | None] = [None] * num_workers
-        self._aside: dict[Worker, threading.Thread] = {}  # with an answer that takes a while
-        started: queue.SimpleQueue[dict | str] = queue.SimpleQueue()
-        self._lanes = [
-            threading.Thread(
-                target=self._run_lane, args=(i, started), daemon=True, name=f"reward-{i}"
-            )
-            for i in range(num_workers)
-        ]
-        for lane in self._lanes:
-            lane.start()
-        answers = [started.get() for _ in self._lanes]
-        errors = [answer for answer in answers if isinstance(answer, str)]
-        if errors:
-            self.close()
-            raise ValueError(errors[0])
-        self._about: dict[str, tuple[bool, list[str]]] = answers[0]  # pyright: ignore
+        self._workers: set[Worker] = set()
+        self._lanes: set[threading.Thread] = set()
+        self._num_slow = 0  # lanes with an answer that takes a while
+        self._num_wanted = num_workers  # lanes besides those
+        self._num_quick = 0  # verdicts since the last one that was slow to come
+        with self._wake:
+            self._open_lanes(num_workers)
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers alive now."""
-        return [worker.process.pid for worker in self._living()]
-
-    def _living(self) -> list[Worker]:
+        """Process ids of the zygote and of the workers alive now."""
         with self._wake:
-            return [w for w in (*self._workers, *self._aside) if w is not None]
+            return [self._zygote.pid, *(worker.pid for worker in self._workers)]
 
     def scores_groups(self, name: str) -> bool:
         """Whether a reward wants all answers of a group at once."""
@@ -169,10 +162,10 @@ class RewardWorkers:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        for worker in self._living():
-            worker.kill()  # its thread sees a closed pipe
-        for thread in (*self._lanes, *list(self._aside.values())):
-            thread.join()
+            lanes = list(self._lanes)
+        self._zygote.close()  # a lane that waits for its worker sees a closed pipe
+        for lane in lanes:
+            lane.join()
         error = RuntimeError("the reward workers were closed before a verdict")
         _settle([(item, error) for item in self._pending])
         self._pending.clear()
@@ -183,27 +176,31 @@ class RewardWorkers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run_lane(self, index: int, started: queue.SimpleQueue[dict | str]) -> None:
-        """A lane's life. Its worker must be started here: it dies with this thread."""
-        try:
-            worker = self._workers[index] = Worker(self._settings)
-            started.put(worker.about)
-        except (ValueError, OSError) as error:
-            started.put(str(error) or repr(error))
-            return
+    def _open_lanes(self, number: int) -> None:
+        for _ in range(number):
+            lane = threading.Thread(target=self._run_lane, daemon=True, name="reward-lane")
+            self._lanes.add(lane)
+            lane.start()
+
+    def _run_lane(self) -> None:
+        worker: Worker | None = None
         while batch := self._take():
-            self._grade_batch(index, batch)
-        if (worker := self._workers[index]) is not None:
-            worker.bury()
+            worker = self._grade_batch(worker, batch)
+        self._bury(worker)
+        with self._wake:
+            self._lanes.discard(threading.current_thread())
 
     def _take(self) -> list[_Item]:
-        """Wait for a fair share of what is pending; empty means closed."""
+        """Wait for a fair share of what is pending; empty means that this lane is over."""
         with self._wake:
             while not self._pending and not self._closed:
+                if len(self._lanes) - self._num_slow > self._num_wanted:
+                    self._lanes.discard(threading.current_thread())
+                    return []
                 self._wake.wait()
             if self._closed:
                 return []
-            share = -(-len(self._pending) // len(self._lanes))
+            share = -(-len(self._pending) // (len(self._lanes) - self._num_slow))
             return [self._pending.popleft() for _ in range(min(share, MAX_BATCH))]
 
     def _put_back(self, items: Sequence[_Item]) -> None:
@@ -211,77 +208,76 @@ class RewardWorkers:
             self._pending.extendleft(reversed(items))
             self._wake.notify_all()
 
-    def _grade_batch(self, index: int, batch: list[_Item]) -> None:
-        """Settle a batch; if the worker is lost or an answer takes a while, up to that answer, and
-        put back the rest."""
+    def _grade_batch(self, worker: Worker | None, batch: list[_Item]) -> Worker | None:
+        """Settle a batch, or up to an answer that loses the worker or takes a while, and put back
+        the rest. Returns the worker if it is good for another batch."""
         batch = [item for item in batch if not item.future.cancelled()]
         if not batch:
-            return
+            return worker
         num_done = 0
-        patience = min(PATIENCE_S, self.limits.timeout_s)
+        patience_s = min(PATIENCE_S, self.limits.timeout_s)
         try:
-            worker = self._living_worker(index)
+            if worker is None or not worker.is_fit():
+                self._bury(worker)
+                worker = None
+                worker = self._new_worker()
             worker.send([item.wire for item in batch], self.limits.timeout_s)
-            for verdicts in worker.verdicts(len(batch), patience):
+            for verdicts in worker.verdicts(len(batch), patience_s):
                 self._resolve(batch[num_done : num_done + len(verdicts)], verdicts)
                 num_done += len(verdicts)
-        except Lost as lost:
-            worker, self._workers[index] = self._workers[index], None
-            if self._closed:
-                if worker is not None:
-                    worker.bury()
-                self._put_back(batch[num_done:])
-                return
+                self._num_quick += len(verdicts)
+            return worker
+        except Slow as slow:
+            assert worker is not None
             self._put_back(batch[num_done + 1 :])
-            item = batch[num_done]
-            if lost.reason == "timeout" and worker is not None and patience < self.limits.timeout_s:
-                self._set_aside(worker, item, self.limits.timeout_s - patience)
-                return
-            if worker is not None:
-                worker.bury()
-            self._resolve([item], [item.failed(lost.reason)])
-
-    def _set_aside(self, worker: Worker, item: _Item, timeout_s: float) -> None:
-        """Let the answer that a worker has in hand take its time, without the lane if possible."""
-        thread = threading.Thread(
-            target=self._wait_out, args=(worker, item, timeout_s), daemon=True, name="reward-slow"
-        )
-        with self._wake:
-            beside = len(self._aside) < MAX_ASIDE
-            self._aside[worker] = thread if beside else threading.current_thread()
-            if beside:
-                thread.start()
-        if not beside:
-            self._wait_out(worker, item, timeout_s)
-
-    def _wait_out(self, worker: Worker, item: _Item, timeout_s: float) -> None:
-        try:
-            verdicts = next(worker.verdicts(MAX_BATCH, timeout_s))[0]
+            self._wait_out(worker, batch[num_done], slow)
+            if worker.is_fit():
+                return worker
         except Lost as lost:
-            verdicts = item.failed(lost.reason)
-        worker.bury()  # it goes on with answers that others were given
+            self._put_back(batch[num_done + (not self._closed) :])
+            if not self._closed:
+                self._resolve(batch[num_done : num_done + 1], [batch[num_done].failed(lost.reason)])
+        self._bury(worker)
+        return None
+
+    def _wait_out(self, worker: Worker, item: _Item, slow: Slow) -> None:
+        """Let the answer that a worker has in hand take its time while other lanes go on."""
         with self._wake:
-            del self._aside[worker]
+            self._num_slow += 1
+            if self._num_slow <= self._max_slow(slow.computes):
+                self._open_lanes(2 if self._pending else 1)
+        try:
+            verdicts, reason = worker.verdict_in_hand(self.limits.timeout_s - slow.spent_s), ""
+        except Lost as lost:
+            verdicts, reason = item.failed(lost.reason), lost.reason
+        with self._wake:
+            self._num_slow -= 1
+            if not reason:
+                self._num_quick = 0
+            was_robbed = reason == "timeout" and slow.computes and self._num_quick < NUM_QUICK
         if self._closed:
             self._put_back([item])
+        elif was_robbed and not item.is_retry:
+            self._put_back([replace(item, is_retry=True)])
         else:
             self._resolve([item], [verdicts])
 
-    def _living_worker(self, index: int) -> Worker:
-        """The lane's worker, a new one if it died. Raises Lost if none can be started."""
-        worker = self._workers[index]
-        if worker is not None:
-            if worker.process.poll() is None:
-                return worker
-            worker.bury()
-        try:
-            worker = Worker(self._settings)
-        except (ValueError, OSError) as error:
-            raise Lost("crash") from error
-        self._workers[index] = worker
-        if self._closed:  # close() may have missed it
-            worker.kill()
+    def _max_slow(self, computes: bool) -> int:
+        robbing = computes and self._num_quick < NUM_QUICK
+        return MAX_SLOW_PER_CORE * NUM_CORES if robbing else MAX_SLOW
+
+    def _new_worker(self) -> Worker:
+        worker = self._zygote.fork()
+        with self._wake:
+            self._workers.add(worker)
         return worker
+
+    def _bury(self, worker: Worker | None) -> None:
+        if worker is None:
+            return
+        with self._wake:
+            self._workers.discard(worker)
+        worker.bury()
 
     def _resolve(self, items: Sequence[_Item], verdicts: Sequence[list[Verdict]]) -> None:
         """Remember the verdicts and hand them to their callers."""

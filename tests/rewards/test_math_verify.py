@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -76,13 +74,8 @@ def test_alarms_of_others_stay_set() -> None:
     assert verdicts == [1.0]
 
 
-def test_plain_numbers_do_without_the_library() -> None:
-    code = """
-import sys
-from rewards.math_verify import math_verify
-pairs = [("34", "34"), ("35", "34"), ("0.25", "1/4"), ("2/4", "1/2"), ("1,234", "1234")]
-print([math_verify(f"\\\\boxed{{{a}}}", b) for a, b in pairs])
-print([name for name in ("sympy", "math_verify", "latex2sympy2_extended") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split("\n")[:2] == ["[1.0, 0.0, 1.0, 1.0, 1.0]", "[]"], done.stderr
+def test_plain_numbers_do_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [("34", "34"), ("35", "34"), ("0.25", "1/4"), ("2/4", "1/2"), ("1,234", "1234")]
+    monkeypatch.setattr("rewards.math_verify.library", None)
+    verdicts = [math_verify(f"\\boxed{{{a}}}", b) for a, b in pairs]
+    assert verdicts == [1.0, 0.0, 1.0, 1.0, 1.0]

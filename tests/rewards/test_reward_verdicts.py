@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from rewards.deepscaler import deepscaler
@@ -142,16 +139,9 @@ def test_labels_that_are_missing() -> None:
         deepscaler(r"</think>\boxed{34}", None)
 
 
-def test_plain_numbers_import_no_algebra() -> None:
+def test_plain_numbers_need_no_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers, decimals and fractions are settled without sympy and pylatexenc."""
-    code = """
-import sys
-from rewards.math import math
-pairs = [("34", "34"), ("35", "34"), ("0.25", "1/4"), ("2/4", "1/2"), ("1,234", "1234")]
-print([math(f"\\\\boxed{{{a}}}", b) for a, b in pairs])
-print([name for name in ("sympy", "pylatexenc", "torch", "ray") if name in sys.modules])
-import math
-print(math.sqrt(4))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split("\n")[:3] == ["[1.0, 0.0, 1.0, 0.0, 1.0]", "[]", "2.0"], done.stderr
+    pairs = [("34", "34"), ("35", "34"), ("0.25", "1/4"), ("2/4", "1/2"), ("1,234", "1234")]
+    for name in ("sympy", "parser", "LatexNodes2Text"):
+        monkeypatch.setattr(f"rewards.symbolic.{name}", None)
+    assert [math(f"\\boxed{{{a}}}", b) for a, b in pairs] == [1.0, 0.0, 1.0, 0.0, 1.0]

@@ -17,7 +17,7 @@ import pytest
 
 from miles_lite.config import RewardFunction
 from miles_lite.rollout.reward_worker import load_reward
-from miles_lite.rollout.rewards import PATIENCE_S, RewardLimits, RewardWorkers
+from miles_lite.rollout.rewards import NUM_QUICK, RewardLimits, RewardWorkers
 from miles_lite.types import Prompt, Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,9 @@ def obey(response, label):
     word, _, rest = response.partition(" ")
     if word == "sleep": time.sleep(float(rest))
     elif word == "spin": 9**9**9  # holds the interpreter in C
+    elif word == "compute":
+        begin = time.process_time()
+        while time.process_time() < begin + float(rest): pass
     elif word == "exit": os._exit(3)
     elif word == "sysexit": sys.exit(0)
     elif word == "segfault": ctypes.string_at(0)
@@ -273,8 +276,9 @@ def test_a_group_is_scored_as_a_whole(many: RewardWorkers) -> None:
     assert scores("") == [Verdict(1.0, ""), Verdict(1.0, ""), Verdict(2.0, "")]
 
 
-def test_nobody_waits_behind_slow_answers(workers: RewardWorkers) -> None:
-    """More stuck answers than workers; each is set aside after a moment, all time out at once."""
+@pytest.mark.parametrize("word", ["sleep", "spin"])
+def test_nobody_waits_behind_stuck_answers(workers: RewardWorkers, word: str) -> None:
+    """More stuck answers than workers: others take over, and all of them time out side by side."""
     finished: dict[str, float] = {}
     begin = time.monotonic()
 
@@ -283,16 +287,26 @@ def test_nobody_waits_behind_slow_answers(workers: RewardWorkers) -> None:
         finished[response] = time.monotonic() - begin
         return verdict
 
+    grade_all(workers, [f"value -{i}" for i in range(NUM_QUICK)])  # it is quick, as a rule
+
     async def race() -> list[Verdict]:
-        stuck = [f"sleep 6{i}" for i in range(4)]
+        stuck = [f"{word} 6{i}" for i in range(32)]
         return await asyncio.gather(*map(one, [*stuck, *(f"value {i}" for i in range(40))]))
 
     verdicts = asyncio.run(race())
-    assert verdicts[:4] == [Verdict(0.0, "timeout")] * 4
-    assert [verdict.reward for verdict in verdicts[4:]] == list(range(40))
-    quick = max(finished[f"value {i}"] for i in range(40))
-    assert quick < 2 * PATIENCE_S + 4  # two rounds of patience and new workers, under load
-    assert max(finished.values()) < 2 * PATIENCE_S + 1.5 + 4
+    assert verdicts[:32] == [Verdict(0.0, "timeout")] * 32
+    assert [verdict.reward for verdict in verdicts[32:]] == list(range(40))
+    # 16 rounds of 1.5 s, one after the other, would be 24 s; five doublings and one limit are 2.5 s
+    # on an idle machine.
+    assert max(finished.values()) < 12
+
+
+@pytest.mark.slow  # 60 answers that need 0.4 s of a core each
+def test_answers_that_compute_for_long_do_not_rob_each_other(obey: Path) -> None:
+    """All side by side on two cores, each would need 12 s."""
+    with pool(obey, "obey", 2, RewardLimits(timeout_s=8)) as workers:
+        verdicts = grade_all(workers, [f"compute 0.4{i:02d}" for i in range(60)])
+    assert verdicts == [Verdict(1.0, "")] * 60
 
 
 def test_a_whole_batch_of_stuck_answers_lets_others_through(obey: Path) -> None:
@@ -341,14 +355,25 @@ def alarmed(response, label):
 def test_workers_are_light(workers: RewardWorkers) -> None:
     heavy = ["torch", "ray", "numpy", "sympy", "asyncio", "multiprocessing"]
     assert [grade(workers, f"has {name}").reward for name in heavy] == [0.0] * len(heavy)
-    assert len(set(workers.pids)) == 2
 
 
 def test_a_worker_killed_while_idle_is_replaced(workers: RewardWorkers) -> None:
-    for pid in workers.pids:
+    grade_all(workers, ["value 3", "value 4"])
+    _, *pids = workers.pids
+    assert pids
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert wait_for_death(workers.pids, 5) == []
+    assert wait_for_death(pids, 5) == []
     assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
+
+
+def test_a_killed_zygote_is_replaced(workers: RewardWorkers) -> None:
+    grade_all(workers, ["value 3", "value 4"])
+    pids = workers.pids
+    os.kill(pids[0], signal.SIGKILL)
+    assert wait_for_death(pids, 5) == []  # its workers die with it
+    assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
+    assert pids[0] not in workers.pids
 
 
 def test_nothing_runs_while_idle(workers: RewardWorkers) -> None:
@@ -373,6 +398,7 @@ def test_close_kills_the_workers_and_ends_the_waiting(obey: Path) -> None:
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     workers = pool(obey, "obey", 2)
+    grade_all(workers, ["value 1", "value 2"])
     pids = workers.pids
     start = time.monotonic()
     outcomes = asyncio.run(close_early(workers))
@@ -391,17 +417,19 @@ def test_no_worker_outlives_its_parent(obey: Path, busy: str) -> None:
         import asyncio, os, signal
         from pathlib import Path
         from miles_lite.config import RewardFunction
-        from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
+        from miles_lite.rollout.rewards import NUM_QUICK, RewardLimits, RewardWorkers
         from miles_lite.types import Prompt
 
         async def run():
             obey = RewardFunction(file=Path({str(obey)!r}), function="obey")
             workers = RewardWorkers({{"": obey}}, 2, RewardLimits(timeout_s=60))
-            print(*workers.pids, flush=True)
+            for _ in range(9):
+                await workers.grade(Prompt("", (), "", "0", "", {{}}), f"value {{_}}")
             if {busy!r}:
                 asks = [Prompt("", (), "", str(i), "", {{}}) for i in range(2)]
                 asyncio.gather(*(workers.grade(ask, {busy!r}) for ask in asks))
                 await asyncio.sleep(0.5)
+            print(*workers.pids, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
         asyncio.run(run())
@@ -415,7 +443,7 @@ def test_no_worker_outlives_its_parent(obey: Path, busy: str) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2
+    assert len(pids) >= 2  # the zygote and its workers
     assert wait_for_death(pids, 5) == []
 
 
@@ -505,8 +533,7 @@ def test_hostile_answers_through_workers(tmp_path: Path) -> None:
             *(workers.grade(ask("x+1"), response) for response in responses)
         )
 
-    limits = RewardLimits(timeout_s=60)  # sympy is imported meanwhile
-    with pool(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2, limits) as workers:
+    with pool(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2) as workers:
         verdicts = asyncio.run(grades(workers))
     refused, wrong = Verdict(0.0, "error: TooLarge"), Verdict(0.0, "")
     assert verdicts == [refused, refused, wrong, wrong, wrong]

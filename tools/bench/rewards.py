@@ -4,14 +4,17 @@
 
 Three kinds: plain numbers with a short response, plain numbers after 8000 characters of reasoning,
 and formulas that need sympy. All answers differ, so none comes from the cache.
+Then how long a step waits if some of its answers never end, sleeping or computing.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from miles_lite.config import RewardFunction
@@ -64,6 +67,46 @@ def bench(name: str, num_workers: int, num: int) -> None:
             print(f"{name:12} {kind:8} {size:6} grades  {size / elapsed:8.0f} /s")
 
 
+STUCK = """
+import time
+
+def stuck(response, label):
+    if response.startswith("sleep"):
+        time.sleep(3600)
+    elif response.startswith("compute"):
+        9**9**9
+    return 1.0
+"""
+
+
+def bench_stuck(num_workers: int, limit_s: float = 4.0, num_sound: int = 300) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "stuck.py"
+        file.write_text(STUCK)
+        reward = RewardFunction(file=file, function="stuck")
+        with RewardWorkers({"": reward}, num_workers, RewardLimits(timeout_s=limit_s)) as workers:
+            asyncio.run(race(workers, "no", 0, num_sound))
+            for word, number in product(("sleep", "compute"), (8, 32, 100)):
+                asyncio.run(race(workers, f"{word} {number}", number, num_sound))
+
+
+async def race(workers: RewardWorkers, word: str, num_stuck: int, num_sound: int) -> None:
+    """Print when the last sound answer and the last of all had their verdicts."""
+    start = time.perf_counter()
+
+    async def done_s(response: str) -> float:
+        await workers.grade(Prompt("", (), "", "1", "", {}), response)
+        return time.perf_counter() - start
+
+    stuck = [f"{word} {i}" for i in range(num_stuck)]
+    sound = [f"sound {word} {i}" for i in range(num_sound)]
+    times = await asyncio.gather(*map(done_s, stuck + sound))
+    print(
+        f"{num_sound} sound behind {word:11} stuck, limit {workers.limits.timeout_s} s:  sound"
+        f" {max(times[num_stuck:]):5.2f} s, all {max(times):5.2f} s"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="grades per second of the reward workers")
     parser.add_argument("--workers", type=int, default=2)
@@ -72,6 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.rewards:
         bench(name, args.workers, args.num)
+    bench_stuck(args.workers)
 
 
 if __name__ == "__main__":
