@@ -281,10 +281,11 @@ def warnings(cfg: Config) -> list[str]:
             "algo.kl_loss_type = k1 in the loss: on policy the gradient of log p - log p_ref has "
             "mean zero, so it adds noise and no pull; k2, k3 or low_var_kl do pull"
         )
-    if algo.correction.active and (rollout.top_p < 1 or rollout.top_k > 0):
+    if rollout.top_p < 1 or rollout.top_k > 0:
         found.append(
-            f"algo.correction with rollout.top_p = {rollout.top_p}, top_k = {rollout.top_k}: the "
-            "ratio compares full distributions, tokens were drawn from truncated ones"
+            f"rollout.top_p = {rollout.top_p}, top_k = {rollout.top_k}: tokens are drawn from a "
+            "truncated distribution, but log-probs, ratios and algo.correction are of the full "
+            "one, so the gradient is that of another policy; 1 and 0 are what GRPO assumes"
         )
     if algo.old_logprobs == "rollout":
         found.append(

@@ -105,6 +105,7 @@ def test_impossible_combinations_are_refused(overrides: list[str], message: str)
     [
         (["algo.kl_loss_coef=0.1", "algo.kl_loss_type=k1"], "k1 .* mean zero"),
         (["algo.correction.weight=token", "rollout.top_p=0.9"], r"top_p = 0\.9"),
+        (["rollout.top_k=20"], r"top_k = 20: .* truncated"),
         (["algo.old_logprobs=rollout"], "not the trainer's own"),
     ],
 )
