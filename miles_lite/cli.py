@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from miles_lite import log
+from miles_lite.alarms import AlarmError
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
 from miles_lite.rollout.signal import NoSignalError
@@ -52,7 +53,7 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, RunError, NoSignalError, CheckpointError) as error:
+    except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
         print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:

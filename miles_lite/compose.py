@@ -87,6 +87,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return value
     if origin in (Union, UnionType):
         return None if value is None else _convert(value, args[0], path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} = {value!r} is not a list: write {path}=[{value}]")
+        return tuple(_convert(entry, args[0], path) for entry in value)
     if origin is dict:
         if args[1] is SourceConfig and isinstance(value, str):
             value = {_source_name(value): {"path": value}} if value else {}

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from miles_lite.alarm_config import AlarmConfig
+from miles_lite.checks import ConfigError, not_negative, positive
 from miles_lite.parallel import EngineDims, ParallelDims
-
-
-class ConfigError(ValueError):
-    """The configuration cannot run. Says which key, which value, and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +34,7 @@ class ParallelConfig:
     expert_tp: int = 1  # tensor-parallel size of one expert
 
     def __post_init__(self) -> None:
-        _positive(self, "tp", "pp", "dp", "ep", "expert_tp")
+        positive(self, "tp", "pp", "dp", "ep", "expert_tp")
 
     @property
     def dims(self) -> ParallelDims:
@@ -57,7 +55,7 @@ class OptimConfig:
     cpu_offload: bool = False  # optimizer state and step on the host
 
     def __post_init__(self) -> None:
-        _not_negative(self, "lr")
+        not_negative(self, "lr")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,9 +137,9 @@ class AlgoConfig:
                 f"eps_clip_c = {self.eps_clip_c} with policy_loss = cispo, whose weight is bounded "
                 "by eps_clip_high already: leave it 0"
             )
-        _not_negative(self, "opsm_delta", "overlong_buffer", "overlong_penalty")
-        _not_negative(self, "aggregation_constant", "ref_update_interval")
-        _not_negative(self, "kl_coef", "kl_loss_coef")  # or the policy is paid for running away
+        not_negative(self, "opsm_delta", "overlong_buffer", "overlong_penalty")
+        not_negative(self, "aggregation_constant", "ref_update_interval")
+        not_negative(self, "kl_coef", "kl_loss_coef")  # or the policy is paid for running away
 
     @property
     def needs_reference(self) -> bool:
@@ -159,7 +157,7 @@ class TrainConfig:
     megatron: dict[str, Any] = field(default_factory=dict)  # further TransformerConfig fields
 
     def __post_init__(self) -> None:
-        _positive(self, "num_steps", "max_tokens_per_micro_batch", "logprob_chunk_tokens")
+        positive(self, "num_steps", "max_tokens_per_micro_batch", "logprob_chunk_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +216,7 @@ class EngineConfig:
                     f"{name} = {getattr(self, name)!r} with backend = {self.backend}: it would not "
                     "be used; set backend = sglang, or leave it out"
                 )
-        _positive(self, "num_engines", "tp", "dp", "ep", "max_running", "prefill_tokens")
+        positive(self, "num_engines", "tp", "dp", "ep", "max_running", "prefill_tokens")
         for name in ("dp", "ep"):
             if self.tp % getattr(self, name):
                 raise ConfigError(
@@ -247,7 +245,7 @@ class RolloutConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _positive(self, "max_response_tokens")
+        positive(self, "max_response_tokens")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"top_p = {self.top_p}, top_k = {self.top_k}: wanted 0 < top_p <= 1 and top_k >= 0"
@@ -284,8 +282,8 @@ class RewardConfig:
     max_dead_steps: int = 5  # steps in a row without any advantage, then the run stops; 0: never
 
     def __post_init__(self) -> None:
-        _positive(self, "workers", "memory_mb", "max_chars")
-        _not_negative(self, "cache_len", "max_dead_steps")
+        positive(self, "workers", "memory_mb", "max_chars")
+        not_negative(self, "cache_len", "max_dead_steps")
         if self.timeout_s <= 0:
             raise ConfigError(f"timeout_s = {self.timeout_s}: wanted more than 0")
 
@@ -304,8 +302,8 @@ class EvalConfig:
     max_response_tokens: int = 0  # 0: as in training
 
     def __post_init__(self) -> None:
-        _positive(self, "samples_per_prompt")
-        _not_negative(self, "every", "temperature", "max_response_tokens")
+        positive(self, "samples_per_prompt")
+        not_negative(self, "every", "temperature", "max_response_tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,8 +323,8 @@ class CheckpointConfig:
     asynchronous: bool = False  # trainers write in the background, until the end of the next step
 
     def __post_init__(self) -> None:
-        _positive(self, "keep")
-        _not_negative(self, "every", "minutes", "keep_every")
+        positive(self, "keep")
+        not_negative(self, "every", "minutes", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,6 +359,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -399,15 +398,3 @@ def _derive_batch(cfg: Config) -> None:
         object.__setattr__(cfg, section, derived)  # before anyone has seen the object
     elif prompts * samples != batch * updates:
         raise ConfigError(f"{told}: {law} does not hold; leave one of them out to have it derived")
-
-
-def _not_negative(section: Any, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < 0:
-            raise ConfigError(f"{name} = {getattr(section, name)} is negative")
-
-
-def _positive(section: Any, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < 1:
-            raise ConfigError(f"{name} = {getattr(section, name)}: wanted at least 1")

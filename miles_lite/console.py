@@ -181,7 +181,9 @@ class Console:
                 line = sparkline(self._history[name], BLOCKS if fancy else ASCII)
                 body.add_row(Text(f"  {title}"), Text(value, justify="right"), Text(line, "green"))
         rest = [f"{title} {text}" for title, text in _shown(self._metrics, drawn=False)]
-        return Group(head, body, Text("  " + "   ".join(rest)))
+        up = [name.removeprefix("alarms/") for name in self._metrics if name.startswith("alarms/")]
+        alarms = [Text("  alarms: " + ", ".join(up), "bold red")] if up else []
+        return Group(head, body, Text("  " + "   ".join(rest)), *alarms)
 
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#@"

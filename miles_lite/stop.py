@@ -24,15 +24,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signum = 0
+        self._error: Exception | None = None
 
     @property
     def asked(self) -> bool:
-        return self._signum != 0
+        return self._signum != 0 or self._error is not None
+
+    def ask(self, error: Exception) -> None:
+        """The run itself asks, for that reason."""
+        self._error = error
 
     def heed(self) -> None:
-        """Raise Stopped if somebody asked."""
+        """Raise Stopped, or the run's own reason, if there is one."""
         if self._signum:
             raise Stopped(self._signum)
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> StopRequest:
         self._before = {signum: signal.signal(signum, self._ask) for signum in SIGNALS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from miles_lite import resume
+from miles_lite.alarms import AlarmError, Alarms, Limits
 from miles_lite.algo.credit import rollout_metrics, to_sequences
 from miles_lite.algo.packing import pack, packing_metrics
 from miles_lite.build import Parts
@@ -14,14 +15,15 @@ from miles_lite.console import Console
 from miles_lite.protocols import Phase
 from miles_lite.rollout.evaluate import evaluate
 from miles_lite.rollout.signal import SignalWatch
-from miles_lite.run import Run
+from miles_lite.run import Run, read_metrics
 from miles_lite.stop import StopRequest
 
 
 def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopRequest) -> None:
     """cfg.train.num_steps steps, going on where the run stopped. Before the first rollout and after
     every step the engines are brought to the trainer's weights; a step's samples are all of one
-    version. Raises Stopped, with everything saved, at the end of a step after SIGTERM or SIGINT."""
+    version. With everything saved, raises Stopped at the end of a step after SIGTERM or SIGINT, and
+    AlarmError at the end of one whose alarm is to end the run."""
     trainer, rollout = parts.trainer, parts.rollout
     watch = SignalWatch(cfg.reward.max_dead_steps)
     devices = Lease(trainer, rollout)
@@ -30,6 +32,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
     resume.restore(run, parts, watch)
     console.start_at(run.start)
     trainer.send_weights(rollout, version=run.start)
+    alarms = Alarms(Limits.of(cfg), read_metrics(run.folder))
 
     for step in range(run.start, cfg.train.num_steps):
         begin = time.perf_counter()
@@ -57,7 +60,11 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
 
         metrics["perf/step_time"] = time.perf_counter() - begin
         metrics |= devices.metrics()
-        run.log(step, metrics | parts.expected.against(metrics))
+        metrics |= parts.expected.against(metrics)
+        metrics |= alarms.look(step, metrics)
+        if alarms.fatal:
+            stop.ask(AlarmError(str(alarms.fatal)))
+        run.log(step, metrics)
         if cfg.log.samples:
             run.save_samples(step, drawn.groups, result.logprobs)
         console.step(step, metrics)

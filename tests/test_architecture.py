@@ -17,11 +17,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
-    "types protocols config foreign compose metrics log device parallel environment stop "
-    "checkpoints claim orphan",
+    "types protocols checks alarm_config config foreign compose metrics log device parallel "
+    "environment stop checkpoints claim orphan",
     "algo data models",
     "weights cluster",
-    "trainer rollout run report console summary",
+    "trainer rollout run report console summary alarms",
     "planner",
     "build",
     "resume",

@@ -29,7 +29,8 @@ train experiment=tiny log.name=run train.num_steps=8 checkpoint.every=3 eval.eve
 rollout.num_prompts=8 rollout.samples_per_prompt=4 train.global_batch=16
 rollout.dynamic_sampling=true optim.warmup_updates=20
 """.split()
-VARYING = ("perf/", "plan/", "memory/", "sync/send_time_max")  # times, and what happens to be held
+# times, and what happens to be held
+VARYING = ("perf/", "plan/", "memory/", "sync/send_time_max", "alarms/slow", "alarms/memory")
 
 
 def launch(folder: Path, *overrides: str) -> subprocess.Popen[str]:

@@ -33,7 +33,7 @@ rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage
 rollout/weight_version/mean rollout/weight_version/mixed_version_ratio
 train/loss train/pg_loss train/entropy_loss train/pg_clipfrac train/ppo_kl train/ess_ratio
 train/train_rollout_logprob_abs_diff train/train_rollout_kl train/grad_norm train/lr-pg_0
-train/nonfinite_logprobs train/step
+train/nonfinite_logprobs train/step train/first_log_ratio_max
 perf/rollout_time perf/step_time perf/train_time perf/log_probs_time perf/actor_train_time
 perf/actor_train_tok_per_s perf/update_weights_time perf/rollout_tokens_per_s
 reward/invalid_ratio sync/bytes memory/generate/rollout_cache_bytes memory/train/trainer_grads_bytes
@@ -255,6 +255,19 @@ def test_a_reward_that_is_never_won_ends_the_run(tmp_path: Path) -> None:
     assert "rewards between -1 and -1" in told and "miles-lite reward-audit" in told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["outcome"] == "failed" and "taught nothing" in summary["error"]
+
+
+@pytest.mark.slow
+def test_an_alarm_may_end_the_run_with_all_saved(tmp_path: Path) -> None:
+    words = ["alarms.drift=1e-12", "alarms.stop=[drift]", "data.eval=''"]
+    process = launch(tmp_path, "train.num_steps=50", *words)
+    output = finished(process)
+    assert process.returncode == 1
+    told = " ".join(output.split())
+    assert "WARNING drift at step 0: engine and trainer disagree by" in told, output[-3000:]
+    assert "miles-lite train: drift at step 0" in told
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+    assert read_metrics(tmp_path / "run")[0]["alarms/drift"] == 1.0
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ first update (off-policyness).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,6 +72,14 @@ def update_drift(current: Tensor, old: Tensor, lengths: Sequence[int]) -> dict[s
     ratios = ess_ratios(current - old, lengths).tolist()
     told = [ratio for ratio, length in zip(ratios, lengths, strict=True) if length]
     return {"train/ess_ratio": Mean(sum(told), len(told))}
+
+
+@torch.no_grad()
+def first_log_ratio(current: Tensor, old: Tensor) -> dict[str, Partial]:
+    """Largest |current - old| of log-probs [N] in the first update of a step, where both are of the
+    same weights: rounding, unless training computes something else than scoring does."""
+    gap = (current - old).abs().max().item() if current.numel() else -math.inf
+    return {"train/first_log_ratio_max": Max(gap)}
 
 
 @torch.no_grad()

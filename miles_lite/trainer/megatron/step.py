@@ -17,7 +17,7 @@ from megatron.core import parallel_state as groups
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from miles_lite.algo.drift import ABS_DIFF, rollout_drift, update_drift
+from miles_lite.algo.drift import ABS_DIFF, first_log_ratio, rollout_drift, update_drift
 from miles_lite.algo.losses import LogProbs, LossSettings, policy_loss, responses
 from miles_lite.config import AlgoConfig
 from miles_lite.metrics import Max, Mean, Partial, Sum, merge
@@ -79,8 +79,8 @@ class Step:
             times["perf/ref_log_probs_time"] = Max(time.perf_counter() - begin_reference)
         known, report = self._know(share, old, reference)
         begin_train = time.perf_counter()
-        for micro_batches, facts in zip(share, known, strict=True):
-            report = merge(report, self._update(micro_batches, facts))
+        for index, (micro_batches, facts) in enumerate(zip(share, known, strict=True)):
+            report = merge(report, self._update(micro_batches, facts, is_first=index == 0))
         times["perf/actor_train_time"] = Max(time.perf_counter() - begin_train)
         if not self._reports:
             return RankReport(merge(routing, times), {})
@@ -164,7 +164,7 @@ class Step:
     # -------------------------------------------------------------- one update
 
     def _update(
-        self, micro_batches: Sequence[MicroBatch], facts: Sequence[Known]
+        self, micro_batches: Sequence[MicroBatch], facts: Sequence[Known], is_first: bool
     ) -> dict[str, Partial]:
         self._ddp.zero_grad_buffer()
         self._optimizer.inner.zero_grad()
@@ -190,6 +190,8 @@ class Step:
                 parts.append(metrics)
                 current, before = (known.of_trained(x) for x in (out[0].detach(), logprobs.old))
                 parts.append(update_drift(current, before, known.trained_lengths))
+                if is_first and algo.old_logprobs == "trainer":
+                    parts.append(first_log_ratio(current, before))
                 # the schedule divides the returned loss in place: it gets one of its own
                 return value * scale, value.detach()
 

@@ -1,0 +1,330 @@
+"""What a person would want to be told of a run's numbers, with its cause and the way out.
+
+Alarms are a function of the metrics of a run and of nothing else: the loop, W&B and the report,
+which reads them long after, all say the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from miles_lite.alarm_config import AlarmConfig, AlarmName
+from miles_lite.algo.drift import ABS_DIFF
+from miles_lite.config import Config
+from miles_lite.protocols import Metrics
+
+logger = logging.getLogger(__name__)
+
+LEVELS = {"note": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
+
+WINDOW = (
+    5  # steps at the beginning of a run, and the latest ones, which are held against each other
+)
+AGAIN = 25  # steps until an alarm that lasts is told again
+FEW_MARKS = 0.1  # share of answers with the mark that the reward looks for
+FIRST_LOG_RATIO = 1e-3  # nats of any token: rounding is far below
+MEMORY_GROWTH = 1.1  # latest steps against the first ones, and
+SMALL_BYTES = 64 << 20  # no growth of memory that is less
+SMALL_DRIFT = 1e-4  # nats a token; no trend below
+SMALL_S = 1.0  # a phase shorter than that is in time
+# The mark in an answer without which a reward of ours gives nothing.
+MARKS = {
+    "deepscaler": "boxed",
+    "math": "boxed",
+    "brevity": "boxed",
+    "dapo_math": "answer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    step: int
+    name: str
+    severity: Literal["note", "warning", "critical"]
+    message: str  # what is the matter, with values, and the likely cause
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at step {self.step}: {self.message}. {self.remedy}"
+
+
+class AlarmError(RuntimeError):
+    """An alarm that is to end the run (alarms.stop); all was saved before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the alarms of a run depend on besides its metrics."""
+
+    config: AlarmConfig
+    mark: str  # in an answer, without which the reward gives nothing: of rollout/marker/*; or ""
+
+    @classmethod
+    def of(cls, cfg: Config) -> Limits:
+        return cls(cfg.alarms, MARKS.get(cfg.reward.function, ""))
+
+
+class Seen:
+    """The first and the latest steps of a run."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.first: list[Metrics] = []
+        self.latest: deque[Metrics] = deque(maxlen=WINDOW)
+
+    def add(self, metrics: Metrics) -> None:
+        self.num_steps += 1
+        if len(self.first) < WINDOW:
+            self.first.append(metrics)
+        self.latest.append(metrics)
+
+    def __call__(self, name: str) -> float:
+        """The value of this step; NaN if it has none."""
+        return self.latest[-1].get(name, math.nan)
+
+    def then_and_now(self, name: str) -> tuple[float, float]:
+        """Medians over the first and the latest WINDOW steps; NaN before these are other steps."""
+        then, now = (
+            [step[name] for step in steps if name in step] for steps in (self.first, self.latest)
+        )
+        if self.num_steps < 2 * WINDOW or not then or not now:
+            return math.nan, math.nan
+        return statistics.median(then), statistics.median(now)
+
+
+Rule = Callable[[Seen, "Limits"], str]  # what is the matter, or ""
+
+
+def _dead(seen: Seen, limits: Limits) -> str:
+    taught = 1 - seen("rollout/zero_advantage_ratio") - seen("rollout/not_counted_ratio")
+    if not taught < 1e-9:
+        return ""
+    marks = [name for name in seen.latest[-1] if name.startswith("rollout/marker/")]
+    shares = ", ".join(f"{seen(name):.0%} with {name.rpartition('/')[2]}" for name in sorted(marks))
+    return (
+        f"no answer has an advantage: mean reward {seen('rollout/raw_reward'):.3g}, "
+        f"{seen('rollout/truncated_ratio'):.0%} cut at the length limit, "
+        f"{seen('reward/invalid_ratio'):.0%} without verdict, {shares}"
+    )
+
+
+def _zero_std(seen: Seen, limits: Limits) -> str:
+    share = seen("rollout/zero_advantage_ratio")
+    if not share > limits.config.zero_advantage or _dead(seen, limits):  # which says enough
+        return ""
+    hard = seen("rollout/zero_std/all_zero_percentage")
+    easy = seen("rollout/zero_std/all_one_percentage")
+    return (
+        f"{share:.0%} of the answers teach nothing, as all of their group score the same "
+        f"({hard:.0%} of the groups all 0, {easy:.0%} all 1)"
+    )
+
+
+def _marker(seen: Seen, limits: Limits) -> str:
+    share = seen(f"rollout/marker/{limits.mark}")
+    if not share < FEW_MARKS:
+        return ""
+    return f"{share:.0%} of the answers have the mark that the reward looks for ({limits.mark})"
+
+
+def _truncated(seen: Seen, limits: Limits) -> str:
+    share = seen("rollout/truncated_ratio")
+    if not share > limits.config.truncated:
+        return ""
+    return f"{share:.0%} of the answers are cut at the length limit, and so count as wrong"
+
+
+def _invalid(seen: Seen, limits: Limits) -> str:
+    share = seen("reward/invalid_ratio")
+    if not share > limits.config.invalid:
+        return ""
+    prefix = "reward/invalid/"
+    reasons = {
+        name.removeprefix(prefix): value
+        for name, value in seen.latest[-1].items()
+        if prefix in name
+    }
+    told = ", ".join(f"{name} {value:.1%}" for name, value in sorted(reasons.items()))
+    return f"{share:.0%} of the answers have no verdict ({told})"
+
+
+def _drift(seen: Seen, limits: Limits) -> str:
+    now = seen(ABS_DIFF)
+    if not now > limits.config.drift:
+        return ""
+    return (
+        f"engine and trainer disagree by {now:.3g} nats a token about the same weights, more than "
+        f"alarms.drift = {limits.config.drift:g}"
+    )
+
+
+def _drift_trend(seen: Seen, limits: Limits) -> str:
+    then, now = seen.then_and_now(ABS_DIFF)
+    grown = now > max(SMALL_DRIFT, limits.config.drift_growth * then)
+    if not grown or _drift(seen, limits):  # which says enough
+        return ""
+    return f"the drift has grown from {then:.3g} to {now:.3g} nats a token"
+
+
+def _not_finite(seen: Seen, limits: Limits) -> str:
+    broken = seen("train/nonfinite_logprobs")
+    names = ("train/loss", "train/grad_norm")
+    bad = [
+        f"{name} {seen(name)}"
+        for name in names
+        if name in seen.latest[-1] and not math.isfinite(seen(name))
+    ]
+    if broken > 0:
+        bad.append(f"{broken:.0f} log-probs not finite")
+    return ", ".join(bad)
+
+
+def _entropy(seen: Seen, limits: Limits) -> str:
+    then, now = seen.then_and_now("train/entropy_loss")
+    if not now < limits.config.entropy_share * then:
+        return ""
+    return f"the entropy of the policy has fallen from {then:.3g} to {now:.3g} nats a token"
+
+
+def _first_ratio(seen: Seen, limits: Limits) -> str:
+    gap = seen("train/first_log_ratio_max")
+    if not gap > FIRST_LOG_RATIO:
+        return ""
+    return (
+        "before the first update of a step the policy already differs from its own old log-probs, "
+        f"by up to {gap:.3g} nats a token: training and scoring do not compute the same"
+    )
+
+
+def _loss_zero(seen: Seen, limits: Limits) -> str:
+    if not (abs(seen("train/pg_loss")) < 1e-6 and seen("train/grad_norm") > 0):
+        return ""
+    return (
+        "train/pg_loss is 0, as expected here: with one update a step all ratios are 1 and "
+        "advantages have mean 0; the gradient is not 0, see train/grad_norm"
+    )
+
+
+def _memory(seen: Seen, limits: Limits) -> str:
+    """Not against the very first step, in which allocators settle."""
+    told = []
+    for name in seen.latest[-1]:
+        if name.startswith("memory/"):
+            then, now = seen.then_and_now(name)
+            if now > MEMORY_GROWTH * then + SMALL_BYTES:
+                told.append(f"{name.removeprefix('memory/')} from {then:,.0f} to {now:,.0f}")
+    return "memory that is not given back: " + ", ".join(told) if told else ""
+
+
+def _slow(seen: Seen, limits: Limits) -> str:
+    told = []
+    for name in seen.latest[-1]:
+        measured = name.removeprefix("plan/")
+        if name.startswith("plan/perf/") and len(seen.latest) == WINDOW:
+            factor = statistics.median(step.get(name, math.nan) for step in seen.latest)
+            took = statistics.median(step.get(measured, math.nan) for step in seen.latest)
+            if factor > limits.config.plan_factor and took > SMALL_S:
+                told.append(f"{measured} {took:.1f} s is {factor:.1f} times the plan's")
+    return ", ".join(told)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    severity: Literal["note", "warning", "critical"]
+    rule: Rule
+    remedy: str
+
+
+RULES: Mapping[AlarmName, _Entry] = {
+    "no_signal": _Entry(
+        "critical",
+        _dead,
+        "Run `miles-lite reward-audit`: it tells whether a right answer can score",
+    ),
+    "zero_std": _Entry(
+        "warning",
+        _zero_std,
+        "Choose harder or easier prompts, draw more samples a prompt, or sample dynamically "
+        "(algo=dapo)",
+    ),
+    "marker_missing": _Entry(
+        "warning",
+        _marker,
+        "Ask for the mark in the prompt, allow longer answers, or choose a reward that reads what "
+        "the model writes: `miles-lite reward-audit`",
+    ),
+    "truncated": _Entry(
+        "warning", _truncated, "Raise rollout.max_response_tokens, or shape the length"
+    ),
+    "invalid": _Entry("warning", _invalid, "See docs/rewards.md for the reasons"),
+    "drift": _Entry("warning", _drift, "`miles-lite drift` tells where it comes from"),
+    "drift_trend": _Entry("warning", _drift_trend, "`miles-lite drift` tells where it comes from"),
+    "not_finite": _Entry(
+        "critical", _not_finite, "Lower optim.lr or optim.clip_grad; look at this step's samples"
+    ),
+    "entropy": _Entry(
+        "warning", _entropy, "Lower optim.lr, raise algo.eps_clip_high, or add algo.entropy_coef"
+    ),
+    "first_ratio": _Entry("critical", _first_ratio, "That is a bug, or dropout: please report it"),
+    "loss_zero": _Entry("note", _loss_zero, "Nothing is to be done"),
+    "memory": _Entry("warning", _memory, "A run ends from this days later: please report it"),
+    "slow": _Entry(
+        "warning", _slow, "Look for other work on the hosts, or correct configs/hardware"
+    ),
+}
+
+
+class Alarms:
+    """Watches the steps of a run, in order. `fatal` is the alarm that ends it, if any."""
+
+    def __init__(self, limits: Limits, before: Mapping[int, Metrics]) -> None:
+        """before: what an earlier attempt logged of the steps that are done."""
+        self._limits = limits
+        self._seen = Seen()
+        self._last_told: dict[str, int] = {}  # step at which each was told last, while it lasts
+        self._noted: set[str] = set()
+        self.fatal: Alarm | None = None
+        for step, metrics in before.items():
+            self.told(step, metrics)
+        self.fatal = None  # somebody went on regardless
+
+    def look(self, step: int, metrics: Metrics) -> Metrics:
+        """Log what is to be told of this step. Returns alarms/{name} = 1 of all that are up."""
+        for alarm in self.told(step, metrics):
+            logger.log(LEVELS[alarm.severity], "%s", alarm)
+        return {f"alarms/{name}": 1.0 for name in self._last_told}
+
+    def told(self, step: int, metrics: Metrics) -> list[Alarm]:
+        """Those to be told at this step, which is the next one."""
+        if "train/loss" not in metrics:  # an evaluation
+            return []
+        self._seen.add(metrics)
+        new, told = [], {}
+        for name, entry in RULES.items():
+            text = entry.rule(self._seen, self._limits)
+            if not text or name in self._noted:
+                continue
+            alarm = Alarm(step, name, entry.severity, text, entry.remedy)
+            told[name] = self._last_told.get(name, step - AGAIN)
+            if step >= told[name] + AGAIN:
+                new.append(alarm)
+                told[name] = step
+            if name in self._limits.config.stop:
+                self.fatal = alarm
+            if entry.severity == "note":
+                self._noted.add(name)
+                del told[name]
+        self._last_told = told
+        return new
+
+
+def timeline(steps: Mapping[int, Metrics], limits: Limits) -> list[Alarm]:
+    """All alarms of a run, as they were told."""
+    alarms = Alarms(limits, {})
+    return [alarm for step, metrics in steps.items() for alarm in alarms.told(step, metrics)]
