@@ -11,7 +11,8 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from threading import Timer
 from types import TracebackType
 
@@ -35,7 +36,7 @@ SHOWN = (
     ("train", "perf/actor_train_tok_per_s", "{:,.0f} tokens/s", False),
 )
 HISTORY = 48  # steps in a sparkline
-SLOW_PHASE_S = 10.0  # without a terminal, a phase that takes longer gets a line
+SLOW_PHASE_S = 10.0  # without a terminal, a phase that takes longer gets lines of its own
 
 
 class Console:
@@ -57,10 +58,13 @@ class Console:
         if live is None:
             live = sys.stdout.isatty() and not self._terminal.is_dumb_terminal
         self._slow_phase_s = slow_phase_s
+        self._details: Callable[[], str] = str
         self._alarm: Timer | None = None
         self._done = 0  # steps
         self._phase = "start"
         self._phase_begin = self._step_begin = time.monotonic()
+        self._phase_times: dict[str, deque[float]] = {}  # the latest of each phase
+        self._step_phases: dict[str, float] = {}  # of the step under way: seconds
         self._step_times: list[float] = []
         self._metrics: Metrics = {}
         self._history: dict[str, list[float]] = {name: [] for _, name, _, drawn in SHOWN if drawn}
@@ -96,21 +100,32 @@ class Console:
         """So many steps were done by an earlier attempt."""
         self._done = step
 
+    def watch(self, details: Callable[[], str]) -> None:
+        """Ask this for a few words on how far a phase is and who is waited for. It is called from
+        other threads."""
+        self._details = details
+
     def phase(self, name: str) -> None:
         """A phase begins, and with it the one before ends."""
+        self._end_phase()
         self._phase = printable(name)
-        self._phase_begin = time.monotonic()
+        self._disarm()
         if not self._live:
-            self._disarm()
-            self._alarm = Timer(self._slow_phase_s, self._still, (name,))
-            self._alarm.daemon = True
-            self._alarm.start()
+            self._arm(self._slow_phase_s)
+
+    def _end_phase(self) -> None:
+        now = time.monotonic()
+        took = now - self._phase_begin
+        self._phase_times.setdefault(self._phase, deque(maxlen=20)).append(took)
+        self._step_phases[self._phase] = self._step_phases.get(self._phase, 0.0) + took
+        self._phase_begin = now
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Step number `step` (from 0) is done."""
-        now = time.monotonic()
-        self._step_times.append(now - self._step_begin)
-        self._step_begin = self._phase_begin = now
+        self._end_phase()
+        self._step_times.append(self._phase_begin - self._step_begin)
+        self._step_begin = self._phase_begin
+        phases, self._step_phases = self._step_phases, {}
         self._done = step + 1
         self._metrics = metrics
         for name, values in self._history.items():
@@ -119,6 +134,7 @@ class Console:
         if not self._live:
             shown = [f"{title} {text}" for title, text in _shown(metrics)]
             left = self._left_s()
+            shown += [f"{name} {seconds(took)}" for name, took in phases.items() if took >= 0.05]
             shown += [f"{seconds(left)} left"] if left else []
             self._line(f"step {self._done}/{self._num_steps}: " + ", ".join(shown))
 
@@ -152,9 +168,25 @@ class Console:
         except OSError:  # nobody reads any more (closed pipe, lost terminal): no reason to stop
             pass
 
-    def _still(self, phase: str) -> None:
+    def _progress(self) -> str:
+        """Elapsed and expected time of the phase, and how far it is."""
+        text = seconds(time.monotonic() - self._phase_begin)
+        if known := self._phase_times.get(self._phase):
+            text += f" of about {seconds(statistics.median(known))}"
+        details = printable(self._details())
+        return f"{text}, {details}" if details else text
+
+    def _arm(self, delay_s: float) -> None:
+        """Every line takes twice as long to come as the one before."""
+        self._alarm = Timer(delay_s, self._still, (self._phase_begin, 2 * delay_s))
+        self._alarm.daemon = True
+        self._alarm.start()
+
+    def _still(self, phase_begin: float, next_s: float) -> None:
         """Runs in the alarm's thread."""
-        self._line(f"{self._position()}: {phase}, {seconds(self._slow_phase_s)} so far")
+        if phase_begin == self._phase_begin:
+            self._line(f"{self._position()}: {self._phase}, {self._progress()}")
+            self._arm(next_s)
 
     def _disarm(self) -> None:
         if self._alarm:
@@ -170,7 +202,7 @@ class Console:
             Text(self._experiment, "bold"),
             ProgressBar(self._num_steps, self._done, width=24),
             Text(self._position()),
-            Text(f"{self._phase} {seconds(now - self._phase_begin)}", "cyan"),
+            Text(f"{self._phase} {self._progress()}", "cyan"),
             Text(f"{seconds(left)} left" if self._step_times else ""),
         )
         body = Table.grid(padding=(0, 2))

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -53,6 +53,12 @@ def printable(text: str, keep: str = "") -> str:
         return char if char in keep else char.encode("unicode_escape").decode("ascii")
 
     return _UNPRINTABLE.sub(escape, text)
+
+
+def few(names: Sequence[str], at_most: int = 4) -> str:
+    """ "a, b, c, d and 28 more"."""
+    left = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {left} more" if left > 0 else "")
 
 
 class _Formatter(logging.Formatter):

@@ -156,6 +156,11 @@ class Rollout(Resident, Protocol):
     version: int
     engines: Sequence[Engine]
 
+    def progress(self) -> str:
+        """How far the running call is and which engines owe answers, in words; "" without one. Any
+        thread may ask."""
+        ...
+
     def generate(self, prompts: PromptStream) -> RolloutResult:
         """A step's scored groups, all of version `version`; takes as many prompts as it needs."""
         ...

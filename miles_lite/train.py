@@ -9,6 +9,7 @@ from miles_lite.alarms import AlarmError, Alarms, Limits
 from miles_lite.algo.credit import rollout_metrics, to_sequences
 from miles_lite.algo.packing import pack, packing_metrics
 from miles_lite.build import Parts
+from miles_lite.cluster.actor import waited_for
 from miles_lite.cluster.lease import Lease
 from miles_lite.config import Config
 from miles_lite.console import Console
@@ -25,6 +26,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
     version. With everything saved, raises Stopped at the end of a step after SIGTERM or SIGINT, and
     AlarmError at the end of one whose alarm is to end the run."""
     trainer, rollout = parts.trainer, parts.rollout
+    console.watch(lambda: rollout.progress() or waited_for())
     watch = SignalWatch(cfg.reward.max_dead_steps)
     devices = Lease(trainer, rollout)
     console.phase("sync")

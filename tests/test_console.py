@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import time
 from typing import Any
 
@@ -57,10 +58,40 @@ def test_a_slow_phase_gets_one_line_while_it_lasts() -> None:
         deadline = time.monotonic() + 10
         while not screen.text and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert screen.text == "step 1/4: generate, 0.1 s so far\n"
+        assert re.match(r"step 1/4: generate, 0\.\d s\n", screen.text)
         console.phase("train")
     time.sleep(0.1)
     assert len(screen.text.splitlines()) == 1
+
+
+def test_a_slow_phase_tells_expected_time_and_who_is_waited_for() -> None:
+    screen = Screen()
+    with plain(screen, slow_phase_s=0.05) as console:
+        console.watch(lambda: "3/8 answers, waiting for engine 1\x1b[2J")
+        for _ in range(2):
+            console.phase("generate")
+            time.sleep(0.2)
+    lines = [line for line in screen.text.splitlines() if "generate" in line]
+    assert all(r"3/8 answers, waiting for engine 1\x1b[2J" in line for line in lines)
+    assert re.search(r"generate, 0\.\d s of about 0\.\d s, 3/8", lines[-1])
+
+
+def test_a_step_line_has_the_time_of_each_phase() -> None:
+    screen = Screen()
+    with plain(screen) as console:
+        for phase, took in (("generate", 0.1), ("train", 0.2), ("sync", 0.0)):
+            console.phase(phase)
+            time.sleep(took)
+        console.step(0, METRICS)
+    assert re.search(r", generate 0\.\d s, train 0\.\d s, ", screen.text)
+    assert "sync" not in screen.text
+
+
+def test_live_view_names_the_alarms_that_are_up() -> None:
+    screen = Screen(is_terminal=True)
+    with Console("test", 4, live=True, terminal=screen.terminal) as console:
+        console.step(0, METRICS | {"alarms/drift": 1.0, "alarms/truncated": 1.0})
+    assert "alarms: drift, truncated" in screen.text
 
 
 def test_missing_and_broken_metrics_are_no_error() -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from miles_lite.cluster.placement import Bundle
+from miles_lite.log import few
 
 
 class RemoteError(RuntimeError):
@@ -71,6 +73,31 @@ def gather(calls: Sequence[Call], deadline_s: float) -> list[Any]:
     """
     pending = {call.ref: call for call in calls}
     end = time.monotonic() + deadline_s
+    with _told(pending):
+        _await(pending, end, deadline_s)
+    return [ray.get(call.ref) for call in calls]
+
+
+_waits: list[Mapping[Any, Call]] = []  # of this process, each what it has not got yet
+
+
+@contextmanager
+def _told(pending: Mapping[Any, Call]) -> Iterator[None]:
+    _waits.append(pending)
+    try:
+        yield
+    finally:
+        _waits.remove(pending)
+
+
+def waited_for() -> str:
+    """Whose answers this process waits for just now, in words; "" for nobody's. Any thread may
+    ask."""
+    names = [call.remote.name for pending in tuple(_waits) for call in tuple(pending.values())]
+    return f"waiting for {few(names)}" if names else ""
+
+
+def _await(pending: dict[Any, Call], end: float, deadline_s: float) -> None:
     while pending:
         left = end - time.monotonic()
         if left <= 0:
@@ -82,7 +109,6 @@ def gather(calls: Sequence[Call], deadline_s: float) -> list[Any]:
                 ray.get(ref)
             except ray.exceptions.RayError as error:
                 raise _failed(call, error) from error
-    return [ray.get(call.ref) for call in calls]
 
 
 def call_all(remotes: Sequence[Remote], method: str, *args: Any, deadline_s: float) -> list[Any]:

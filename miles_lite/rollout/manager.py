@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from miles_lite.algo.routing import RouterSizes, choices
 from miles_lite.data.tokenizer import ChatTokenizer
+from miles_lite.log import few
 from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, RolloutResult
 from miles_lite.rollout.dynamic import fill
 from miles_lite.rollout.rewards import RewardWorkers
@@ -71,7 +72,9 @@ class RolloutManager:
     ) -> None:
         self.engines = engines
         self.version = -1
-        self.num_finished = 0  # samples of the running call: for the console
+        self.num_finished = 0  # samples of the running call
+        self._longest = 0  # tokens of an answer of it
+        self._draw: _Draw | None = None  # the running call
         self._rewards = rewards
         self._tokenizer = tokenizer
         self._settings = settings
@@ -130,8 +133,18 @@ class RolloutManager:
     def _new_draw(
         self, sampling: Sampling, num_samples: int, purpose: str, resample: bool
     ) -> _Draw:
-        self.num_finished = 0
-        return _Draw(sampling, num_samples, purpose, resample, Counter(), Counter())
+        self.num_finished = self._longest = 0
+        self._draw = _Draw(sampling, num_samples, purpose, resample, Counter(), Counter())
+        return self._draw
+
+    def progress(self) -> str:
+        """See protocols.Rollout."""
+        if (draw := self._draw) is None:
+            return ""
+        owing = [f"{name} ({n})" for name, n in tuple(draw.unfinished.items()) if n]
+        wanted = self.num_finished + draw.unfinished.total()
+        said = f"{self.num_finished}/{wanted} answers, longest {self._longest:,} tokens"
+        return f"{said}, waiting for {few(owing)}" if owing else said
 
     def _run(self, work: Coroutine[Any, Any, T], draw: _Draw) -> T:
         """Do it by the deadline, and leave no request behind on any engine."""
@@ -143,6 +156,7 @@ class RolloutManager:
                 raise self._late(draw) from None
             finally:
                 await self._release(draw)
+                self._draw = None
 
         return asyncio.run(bounded())
 
@@ -218,6 +232,7 @@ class RolloutManager:
         self._next_uid += 1
         completion = await engine.generate(Request(self._next_uid, prompt.tokens, sampling))
         draw.unfinished[engine.name] -= 1
+        self._longest = max(self._longest, len(completion.tokens))
         self._check(engine, prompt, completion, sampling.wants_routing)
         return completion
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from miles_lite.cluster.actor import Remote, RemoteError, call_all, spawn
+from miles_lite.cluster.actor import Remote, RemoteError, call_all, spawn, waited_for
 from miles_lite.cluster.placement import CPU_DEVICE, Bundle, reserve
 from miles_lite.cluster.session import open_session
 from miles_lite.config import ClusterConfig
@@ -70,9 +71,14 @@ def test_results_come_in_rank_order(ranks: list[Remote]) -> None:
 def test_a_deadline_names_who_is_late(ranks: list[Remote]) -> None:
     call_all(ranks, "pid", deadline_s=60)
     begin = time.monotonic()
+    said: list[str] = []
+    listener = threading.Timer(0.7, lambda: said.append(waited_for()))
+    listener.start()
     with pytest.raises(RemoteError, match=r"'sleep' within 1 s from: test rank 1$"):
         call_all(ranks, "sleep", 30.0, deadline_s=1)
     assert time.monotonic() - begin < 5
+    listener.join()
+    assert said == ["waiting for test rank 1"] and waited_for() == ""
 
 
 def test_the_first_failure_ends_the_wait_and_is_named(ranks: list[Remote]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +252,33 @@ def test_the_deadline_names_the_engine_that_is_late(draw: Draw) -> None:
     with pytest.raises(RolloutError, match=r"12 of 24 samples are missing .*: 12 on slow"):
         draw([SeededEngine("quick"), slow], timeout_s=1.5)
     assert slow.num_aborts == 1  # its requests are not left behind
+
+
+def test_progress_tells_what_is_there_and_who_owes_the_rest(
+    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
+) -> None:
+    slow = SeededEngine("slow")
+    slow.stuck = True
+    settings = replace(SETTINGS, timeout_s=3)
+    manager = RolloutManager([SeededEngine("quick"), slow], rewards, tokenizer, settings)
+    manager.version = 5
+    assert manager.progress() == ""
+    said: set[str] = set()
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.wait(0.02):
+            said.add(manager.progress())
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with pytest.raises(RolloutError):
+        manager.generate(Stream(prompts))
+    over.set()
+    listener.join()
+    told = [text for text in said if text.startswith("12/24 answers, longest ")]
+    assert told and told[0].endswith(" tokens, waiting for slow (12)"), said
+    assert manager.progress() == ""
 
 
 def test_seeds_differ_by_every_part() -> None:
