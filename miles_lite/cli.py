@@ -24,6 +24,7 @@ miles-lite reward-audit experiment=NAME [...]      what the reward says of right
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
+miles-lite wandb-dashboard --project P --entity E  a W&B workspace for the runs of a project
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
@@ -43,6 +44,7 @@ def run(words: Sequence[str]) -> int:
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
+        "wandb-dashboard": _wandb_dashboard,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -91,6 +93,12 @@ def _convert(words: Sequence[str]) -> None:
     from miles_lite.weights import convert_command
 
     convert_command.run(words)
+
+
+def _wandb_dashboard(words: Sequence[str]) -> None:
+    from miles_lite.dashboard import command
+
+    command(words)
 
 
 def _export(words: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import math
 import netrc
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
@@ -87,7 +87,15 @@ class Sink(Protocol):
     """Where the metrics of each step go. Called by the driver only."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def log_samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
+        """A few samples, each as SAMPLE_COLUMNS, for people to look at."""
+        ...
+
     def close(self) -> None: ...
+
+
+SAMPLE_COLUMNS = ("step", "prompt", "response", "label", "reward", "no verdict because")
 
 
 class JsonlSink:
@@ -112,6 +120,9 @@ class JsonlSink:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def log_samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
+        """They all have a file of their own in the run folder."""
+
     def close(self) -> None:
         self._file.close()
 
@@ -134,9 +145,15 @@ class WandbSink:
     """
 
     def __init__(
-        self, folder: Path, *, project: str, name: str, config: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        project: str,
+        name: str,
+        group: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_login() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_login() else "offline")
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or wandb's errors call home
         wandb = import_module("wandb")
@@ -150,6 +167,7 @@ class WandbSink:
                 dir=str(folder),
                 project=project,
                 name=name,
+                group=group,
                 id=_run_id(folder),
                 resume=None if mode == "offline" else "allow",
                 mode=mode,
@@ -166,12 +184,21 @@ class WandbSink:
         prefixes = {name.split("/")[0] for name in metrics}
         try:
             for prefix in sorted(prefixes - self._prefixes):
-                self._run.define_metric(_axis(prefix))
-                self._run.define_metric(f"{prefix}/*", step_metric=_axis(prefix))
+                self._run.define_metric(wandb_axis(prefix))
+                self._run.define_metric(f"{prefix}/*", step_metric=wandb_axis(prefix))
                 self._prefixes.add(prefix)
-            self._run.log({_axis(prefix): step for prefix in sorted(prefixes)} | metrics)
+            self._run.log({wandb_axis(prefix): step for prefix in sorted(prefixes)} | metrics)
         except Exception as error:
             self._report("log", error)
+
+    def log_samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
+        if self._run is None:
+            return
+        try:
+            table = import_module("wandb").Table(columns=list(SAMPLE_COLUMNS), data=list(rows))
+            self._run.log({wandb_axis("rollout"): step, "rollout/samples": table})
+        except Exception as error:
+            self._report("log samples", error)
 
     def close(self) -> None:
         if self._run is None:
@@ -186,7 +213,7 @@ class WandbSink:
         logger.warning("W&B failed to %s (error %d): %r", what, self.num_errors, error)
 
 
-def _axis(prefix: str) -> str:
+def wandb_axis(prefix: str) -> str:
     """train/* counts updates, eval/* evaluations, all else (perf/*, reward/*, ...) rollouts."""
     return f"{prefix if prefix in ('train', 'eval') else 'rollout'}/step"
 
@@ -202,7 +229,7 @@ def _run_id(folder: Path) -> str:
     return kept
 
 
-def _has_wandb_login() -> bool:
+def has_wandb_login() -> bool:
     """Whether wandb could go online without asking: a key in the environment or in the netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True

@@ -50,6 +50,8 @@ from miles_lite.types import Group, Sample
 
 logger = logging.getLogger(__name__)
 
+SHOWN_EVERY, SHOWN_SAMPLES = 10, 16  # steps, and samples of each, that W&B shows
+
 
 class RunError(RuntimeError):
     """Something of the run folder cannot be written. Says what, why, and how full the disk is."""
@@ -119,7 +121,16 @@ class Run:
             sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
         if cfg.log.wandb_project:
             project = cfg.log.wandb_project
-            sinks.append(WandbSink(folder, project=project, name=folder.name, config=plain))
+            described = plain | {"environment": environment.describe()}
+            sinks.append(
+                WandbSink(
+                    folder,
+                    project=project,
+                    name=folder.name,
+                    group=cfg.experiment,
+                    config=described,
+                )
+            )
         return cls(folder, plain, lock, sinks, cfg.checkpoint)
 
     # ------------------------------------------------------------------ going on
@@ -180,6 +191,10 @@ class Run:
             for index, sample in enumerate(samples)
         )
         _write_samples(self.folder / "samples" / _file_name(step), records)
+        if step % SHOWN_EVERY == 0:
+            rows = [_row(step, sample) for sample in samples[:SHOWN_SAMPLES]]
+            for sink in self._sinks:
+                sink.log_samples(step, rows)
 
     def save_eval(self, step: int, name: str, groups: Sequence[Group]) -> None:
         """Every answer to the held-out prompts of set `name`."""
@@ -305,6 +320,18 @@ def _record(step: int, sample: Sample, trainer_logprobs: Sequence[float]) -> Sam
         version=sample.completion.version,
         finish=sample.completion.finish.value,
     )
+
+
+def _row(step: int, sample: Sample) -> tuple[Any, ...]:
+    """As metrics.SAMPLE_COLUMNS; long texts lose their middle."""
+    verdict = sample.verdict
+    texts = [_shortened(text) for text in (sample.prompt.text, sample.text)]
+    return (step, *texts, str(sample.prompt.label), verdict.reward, verdict.reason)
+
+
+def _shortened(text: str, length: int = 4000) -> str:
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} [...] {text[-half:]}"
 
 
 def _json_floats(values: Sequence[float]) -> list[float | None]:

@@ -21,7 +21,7 @@ LEVELS = (
     "environment stop checkpoints claim orphan",
     "algo data models",
     "weights cluster",
-    "trainer rollout run report console summary alarms",
+    "trainer rollout run report console summary alarms dashboard",
     "planner",
     "build",
     "resume",
@@ -35,7 +35,7 @@ HEAVY = {
     "megatron": ("trainer.megatron", "planner"),
     "ray": ("cluster", "trainer.group", "rollout.manager", "build"),
     "sglang": ("rollout.sglang",),
-    "wandb": ("metrics",),
+    "wandb": ("metrics", "dashboard"),
     "rich": (
         "console",
         "cli",

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_lite.metrics import JsonlSink, Max, Mean, Sum, WandbSink, finish, merge
+from tests import wandb_file
 
 NUMBERS = st.integers(-1000, 1000).map(float) | st.just(math.nan)  # exact in any order
 PARTS = st.fixed_dictionaries(
@@ -217,3 +218,45 @@ def test_wandb_offline_run_keeps_its_id(tmp_path: Path) -> None:
         ids.append((tmp_path / "wandb_run_id").read_text().strip())
     assert ids[0] == ids[1]
     assert {file.stem for file in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{ids[0]}"}
+
+
+@pytest.mark.usefixtures("no_login")
+def test_an_offline_run_has_samples_settings_and_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 3)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sink = WandbSink(tmp_path, project="p", name="n", group="tiny", config={"optim": {"lr": 2.0}})
+    hostile = "<script>\x00\u202e\x1b[2J"
+    sink.log_samples(7, [(7, "What is 1+1?", hostile, "2", 0.0, "timeout")])
+    sink.close()
+    assert sink.num_errors == 0
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert wandb_file.config(file)["optim"] == {"lr": 2.0}
+    (line,) = wandb_file.history(file)
+    assert line["rollout/step"] == 7 and line["rollout/samples/nrows"] == 1
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/rollout/*.json")
+    assert json.loads(table.read_text())["data"] == [
+        [7, "What is 1+1?", hostile, "2", 0.0, "timeout"]
+    ]
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"0123456789abcdef" not in path.read_bytes(), path
+
+
+def test_the_dashboard_draws_metrics_that_exist_against_their_axes() -> None:
+    from miles_lite import dashboard
+
+    pytest.importorskip("wandb_workspaces")
+    made = dashboard.workspace("entity", "project")
+    assert [section.name for section in made.sections] == list(dashboard.PANELS)
+    drawn = [panel for section in made.sections for panel in section.panels]
+    known = {panel.x for panel in drawn}
+    assert {str(getattr(x, "name", x)) for x in known} == {"rollout/step", "train/step"}
+    assert made._to_model().entity == "entity"  # what would be sent can be made
+
+
+def test_a_dashboard_without_login_says_how(no_login: None) -> None:
+    from miles_lite import dashboard
+
+    with pytest.raises(ValueError, match="WANDB_API_KEY"):
+        dashboard.command(["--project", "p", "--entity", "e"])

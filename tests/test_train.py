@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 import torch
 
 from miles_lite.compose import CONFIGS
+from miles_lite.dashboard import PANELS
 from miles_lite.run import read_metrics, read_samples
+from tests import wandb_file
 
 COMMAND = [sys.executable, "-m", "miles_lite.cli", "train", "experiment=tiny"]
 SMALL = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
@@ -70,7 +73,8 @@ def train(folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("train"), "train.num_steps=2", *CHANGED)
+    words = ["train.num_steps=2", "log.wandb_project=p", *CHANGED]
+    return train(tmp_path_factory.mktemp("train"), *words)
 
 
 @pytest.mark.slow
@@ -84,6 +88,27 @@ def test_metrics_are_there_under_their_names(run: Path) -> None:
         assert steps[step]["rollout/weight_version/mean"] == step
     assert steps[1]["train/step"] == 3  # two updates a step
     assert "eval/eval" in steps[0] and "eval/eval" in steps[2]
+
+
+@pytest.mark.slow
+def test_wandb_has_every_metric_every_panel_and_the_settings(run: Path) -> None:
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    logged: dict[int, dict[str, Any]] = {}
+    for line in wandb_file.history(file):
+        step = line.get("rollout/step", line.get("eval/step"))
+        logged.setdefault(step, {}).update(line)
+    ours = read_metrics(run)
+    for step, metrics in ours.items():
+        told = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        assert {name: logged[step][name] for name in told} == pytest.approx(told)
+    axes = wandb_file.axes(file)
+    assert axes["rollout/*"] == axes["perf/*"] == axes["memory/*"] == "rollout/step"
+    assert axes["train/*"] == "train/step" and axes["eval/*"] == "eval/step"
+    drawn = {name for panels in PANELS.values() for names in panels.values() for name in names}
+    assert drawn <= set(ours[0]) | set(ours[1])
+    config = wandb_file.config(file)
+    assert config["algo"]["eps_clip_high"] == 0.3 and "torch" in str(config["environment"])
+    assert "rollout/samples/nrows" in logged[0]
 
 
 @pytest.mark.slow
