@@ -102,9 +102,9 @@ def _hosts(cfg: Config | None, needs: Needs, options: argparse.Namespace) -> Ite
     if options.node or address == "local":
         needs = replace(needs, ports=options.ports)
         return node.check_here(needs)
-    needs = replace(needs, why_no_ports="Ray runs already and has its own")
+    wanted = (tuple(needs.rooms), needs.shared, None)  # Ray has its ports already
     try:
-        answers = on_every_host(address, measure, needs.look, deadline_s=HOST_DEADLINE_S)
+        answers = on_every_host(address, measure, *wanted, deadline_s=HOST_DEADLINE_S)
     except ConnectionError as error:
         fix = "start Ray first (scripts/run-ultra.sh), or --node for this host alone"
         return [Finding("cluster", "failed", f"no Ray at {address}: {error}", fix)]

@@ -7,7 +7,7 @@ import platform
 import re
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,20 +32,10 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What to look at, besides what every host has."""
-
-    rooms: tuple[str, ...] = ()  # folders whose room counts; they need not be there yet
-    shared: tuple[str, ...] = ()  # folders that all hosts must see alike
-    ports: tuple[int, int] | None = None  # first and last of a block that will be listened on
-
-
-@dataclass(frozen=True, slots=True)
 class Host:
     python: str
     requirements: tuple[str, ...]  # of the package's own metadata; () if it is not installed
     packages: Mapping[str, str]  # versions of those that are there
-    tested: Mapping[str, str]  # versions that the tests ran with
     code: str  # digest of the project's files
     gpus: tuple[Gpu, ...] | None  # None: there is no nvidia-smi
     torch_cuda: str  # CUDA version that torch was built for; "" for none
@@ -55,16 +45,20 @@ class Host:
     shm_bytes: int  # all of /dev/shm; 0 if there is none
     shm_free: int
     limits: Mapping[str, float]  # nofile (hard: Ray raises the soft one), memlock, nproc
-    free: Mapping[str, int]  # bytes by folder of Look.rooms
+    free: Mapping[str, int]  # bytes by folder that a run writes to
     ray_folder_used: float  # share of its file system
-    listening: Mapping[int, str]  # ports of Look.ports that are taken, and by whom
+    listening: Mapping[int, str]  # ports asked about that are taken, and by whom
     ephemeral: tuple[int, int, int]  # first and last port that the system deals out; taken ones
     clock_synced: bool | None  # None: nothing here knows
-    shared: Mapping[str, str]  # digest of names and sizes by folder of Look.shared; "": not there
+    shared: Mapping[str, str]  # digest of names and sizes in a folder; "": not there
 
 
-def measure(look: Look) -> Host:
-    """Of the host this runs on. Takes seconds, most of them for importing torch."""
+def measure(rooms: Sequence[str], shared: Sequence[str], ports: tuple[int, int] | None) -> Host:
+    """Of the host this runs on. Takes seconds, most of them for importing torch.
+
+    rooms: folders whose room counts; they need not be there yet. shared: folders that all hosts
+    must see alike. ports: first and last of a block that will be listened on.
+    """
     import torch.version
 
     requirements = _requirements()
@@ -76,7 +70,6 @@ def measure(look: Look) -> Host:
         python=platform.python_version(),
         requirements=requirements,
         packages={name: found for name in names if (found := _version(name))},
-        tested={k: v for k, v in _tested().items() if k in names},
         code=code_digest(PROJECT),
         gpus=gpus,
         torch_cuda=torch.version.cuda or "",
@@ -90,12 +83,12 @@ def measure(look: Look) -> Host:
             "memlock": _limit(resource.RLIMIT_MEMLOCK),
             "nproc": _limit(resource.RLIMIT_NPROC),
         },
-        free={room: shutil.disk_usage(_existing(Path(room))).free for room in look.rooms},
+        free={room: shutil.disk_usage(_existing(Path(room))).free for room in rooms},
         ray_folder_used=1 - tmp.free / tmp.total,
-        listening=_listening(look.ports) if look.ports else {},
+        listening=_listening(ports) if ports else {},
         ephemeral=_ephemeral(),
         clock_synced=_clock_synced(),
-        shared={folder: _listing(Path(folder)) for folder in look.shared},
+        shared={folder: _listing(Path(folder)) for folder in shared},
     )
 
 
@@ -114,14 +107,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _tested() -> dict[str, str]:
-    """Of a checkout; a wheel does not carry them."""
-    path = PROJECT / "scripts" / "constraints-cpu.txt"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return {name: version.strip() for name, version in pairs}
 
 
 def code_digest(project: Path) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from miles_lite import build
 from miles_lite.config import Config
-from miles_lite.doctor.host import Look
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner.hardware import Hardware
 from miles_lite.planner.memory import PHASES, disk_items, host_items, on_node, sizes, total
@@ -29,18 +28,13 @@ class Needs:
     memory_bytes: int = 0
     shm_bytes: int = RANK_SHM
     rooms: Mapping[str, int] = field(default_factory=dict)  # bytes to be written by folder
-    shared: tuple[str, ...] = ()
-    ports: tuple[int, int] | None = None
-    why_no_ports: str = ""
+    shared: tuple[str, ...] = ()  # folders that all hosts must see alike
+    ports: tuple[int, int] | None = None  # first and last of a block that will be listened on
 
     @property
     def summary(self) -> str:
         per_host = f"{self.gpus} GPUs each" if self.gpus else f"on {self.device}"
         return f"{self.num_hosts} hosts, {per_host}"
-
-    @property
-    def look(self) -> Look:
-        return Look(tuple(self.rooms), self.shared, self.ports)
 
     @classmethod
     def of(cls, cfg: Config, model: NemotronH) -> Needs:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from miles_lite.doctor.finding import Finding, graded, ok, skipped
 from miles_lite.doctor.host import Host, measure
@@ -24,7 +23,7 @@ ENOUGH = 0.9  # of the memory of the hardware file: data sheets round up
 
 def check_here(needs: Needs) -> list[Finding]:
     """All checks of the host this runs on. Needs no Ray."""
-    return check(measure(needs.look), needs)
+    return check(measure(tuple(needs.rooms), needs.shared, needs.ports), needs)
 
 
 def check(host: Host, needs: Needs) -> list[Finding]:
@@ -32,9 +31,8 @@ def check(host: Host, needs: Needs) -> list[Finding]:
 
 
 def _versions(host: Host, needs: Needs) -> Finding:
-    """Required packages in their ranges, optional ones if they are there; differing from the
-    tested version is told only."""
-    name, bad, other = "versions", [], []
+    """Required packages are there, and all are in the ranges of pyproject.toml."""
+    name, bad = "versions", []
     if not host.requirements:
         lack = ["miles-lite is not installed, so its pins are unknown -> pip install -e ."]
         return graded(name, f"Python {host.python}", [], lack)
@@ -48,16 +46,11 @@ def _versions(host: Host, needs: Needs) -> Finding:
             bad.append(f"{requirement.name} is missing (wanted {requirement.specifier})")
         elif found and not requirement.specifier.contains(found, prereleases=True):
             bad.append(f"{requirement.name} {found} is not {requirement.specifier}")
-        elif found and wanted:
-            tested = host.tested.get(requirement.name, found)
-            if Version(found).public != Version(tested).public:
-                other.append(f"{requirement.name} {found} (tested {tested})")
     fix = ' -> bash scripts/setup.sh, or pip install -e ".[gpu]" on GPUs'
     told = f"Python {host.python}, {len(host.packages)} packages within their pins"
     told += f", torch {host.packages.get('torch', 'missing')}"
     failures = [f"{', '.join(dict.fromkeys(bad))}{fix}"] if bad else []
-    warnings = [f"{', '.join(dict.fromkeys(other))}{fix}"] if other else []
-    return graded(name, "" if bad else told, failures, warnings)
+    return graded(name, "" if bad else told, failures, [])
 
 
 def _gpus(host: Host, needs: Needs) -> Finding:
@@ -182,8 +175,6 @@ def _ports(host: Host, needs: Needs) -> Finding:
                 "choose another block"
             )
         told = f"{block} {'' if taken else 'are free'}".strip() + f"; {told}"
-    elif needs.why_no_ports:
-        told = f"{needs.why_no_ports}; {told}"
     return graded("ports", told, bad, [])
 
 
