@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -15,6 +19,7 @@ from miles_lite.cluster.actor import Call, Remote, RemoteError
 
 T = TypeVar("T")
 CLOCK_READINGS = 3
+CONNECT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +34,11 @@ class Answers(Generic[T]):
 def on_every_host(
     address: str, function: Callable[..., T], *args: Any, deadline_s: float
 ) -> Answers[T]:
-    """function(*args) in a process of each host. Raises ConnectionError if there is no Ray."""
+    """function(*args) in a process of each host. Raises OSError if there is no Ray."""
+    _refuse_dead(address)
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        nodes = {_name(node): node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        nodes = _names([node for node in ray.nodes() if node["Alive"]])
         end = time.monotonic() + deadline_s
         calls = [_start(function, args, name, node) for name, node in sorted(nodes.items())]
         values: dict[str, T] = {}
@@ -50,8 +56,26 @@ def on_every_host(
         ray.shutdown()
 
 
-def _name(node: Mapping[str, Any]) -> str:
-    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+def _refuse_dead(address: str) -> None:
+    """Raise ConnectionError at once: Ray itself tries for more than five minutes."""
+    if address == "auto":  # in the order in which Ray looks; if it finds none it says so itself
+        noted = Path("/tmp/ray/ray_current_cluster")
+        found = noted.read_text().strip() if noted.is_file() else ""
+        address = os.environ.get("RAY_ADDRESS", found)
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host, int(port)), CONNECT_S):
+            pass
+
+
+def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Ray's id of each host by its name and address; of several at one address with the id too."""
+    ids = [
+        (f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", node["NodeID"])
+        for node in nodes
+    ]
+    seen = Counter(name for name, _ in ids)
+    return {name if seen[name] == 1 else f"{name} {node[:8]}": node for name, node in ids}
 
 
 def _start(function: Callable[..., Any], args: tuple[Any, ...], name: str, node: str) -> Call:

@@ -105,7 +105,7 @@ def _hosts(cfg: Config | None, needs: Needs, options: argparse.Namespace) -> Ite
     wanted = (tuple(needs.rooms), needs.shared, None)  # Ray has its ports already
     try:
         answers = on_every_host(address, measure, *wanted, deadline_s=HOST_DEADLINE_S)
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError, or one of sockets
         fix = "start Ray first (scripts/run-ultra.sh), or --node for this host alone"
         return [Finding("cluster", "failed", f"no Ray at {address}: {error}", fix)]
     hosts = answers.values

@@ -51,7 +51,7 @@ def check(cfg: Config, inputs: Inputs, max_drift: float) -> Iterator[Finding]:
                 finding = work()
                 told.append(name)
                 yield finding
-    except (RuntimeError, ValueError, ConnectionError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         broken, *rest = [name for name in FIXES if name not in told]
         yield _failed(broken, str(error))
         yield from skip_all(f"{broken} failed", rest)
