@@ -40,7 +40,7 @@ def on_every_host(
     try:
         nodes = _names([node for node in ray.nodes() if node["Alive"]])
         end = time.monotonic() + deadline_s
-        calls = [_start(function, args, name, node) for name, node in sorted(nodes.items())]
+        calls = [_start(name, node, function, *args) for name, node in sorted(nodes.items())]
         values: dict[str, T] = {}
         failures: dict[str, str] = {}
         offsets: dict[str, tuple[float, float]] = {}
@@ -78,7 +78,7 @@ def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name if seen[name] == 1 else f"{name} {node[:8]}": node for name, node in ids}
 
 
-def _start(function: Callable[..., Any], args: tuple[Any, ...], name: str, node: str) -> Call:
+def _start(name: str, node: str, function: Callable[..., Any], *args: Any) -> Call:
     task = ray.remote(function).options(
         num_cpus=0,
         max_retries=0,
@@ -96,7 +96,7 @@ def _offset(name: str, node: str, deadline_s: float) -> tuple[float, float]:
     readings = []
     for _ in range(CLOCK_READINGS):
         begin = time.time()
-        there = _start(_now, (), name, node).result(deadline_s)
+        there = _start(name, node, _now).result(deadline_s)
         end = time.time()
         readings.append(((end - begin) / 2, there - (begin + end) / 2))
     error, offset = min(readings)

@@ -26,7 +26,7 @@ def address() -> Iterator[str]:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
-        yield cluster.address
+        yield str(cluster.address)
     finally:
         cluster.shutdown()
 
