@@ -72,7 +72,7 @@ def examine(cfg: Config | None, options: argparse.Namespace) -> Iterator[Finding
             fix = "model.path=FOLDER with an HF checkpoint; cluster.hardware"
             yield Finding("experiment", "failed", str(error), fix)
         else:
-            told = f"{cfg.experiment}: {model.num_layers} layers {model.pattern}, {needs.summary}"
+            told = f"{cfg.experiment}: {model.num_layers} layers, {needs.summary}"
             yield ok("experiment", "; ".join([told, *notes]))
     for finding in _hosts(cfg, needs, options):
         healthy &= finding.status != "failed"

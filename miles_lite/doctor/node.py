@@ -89,21 +89,23 @@ def _links(host: Host, needs: Needs) -> Finding:
             a, b = slow[0]
             how = host.links.get((a, b), "unknown")
             odd.append(f"GPU {a} and GPU {b} by {how}, so TP and EP are slow -> nvidia-smi topo -m")
-    if needs.num_hosts == 1 and not told:
+    elif needs.gpus > 1:
+        odd.append("no GPUs to be seen, nor what joins them -> look at the line of gpus")
+    if needs.num_hosts == 1 and not (told or odd):
         return skipped("links", "no two GPUs and one host: no link carries anything")
     if needs.num_hosts == 1:
-        return graded("links", told[0], [], odd)
+        return graded("links", "".join(told), [], odd)
     speeds = ", ".join(
         f"{name} {f'{gbit:g} Gbit/s' if gbit else 'of unknown speed'}"
         for name, gbit in host.networks.items()
     )
     told.append(f"network: {speeds or 'none'}")
-    whole, silent = sum(host.networks.values()), 0.0 in host.networks.values()
+    whole = sum(host.networks.values())
     fix = "-> a faster network, or the true speed in configs/hardware (network_bytes_s)"
     if not host.networks:
         odd.append("no interface with a device is up -> ip link; NCCL needs one to other hosts")
-    elif whole < needs.network_gbit and not silent:
-        odd.append(f"{whole:g} Gbit/s in all, planned with {needs.network_gbit:g} {fix}")
+    elif whole < needs.network_gbit:
+        odd.append(f"{whole:g} Gbit/s known in all, planned with {needs.network_gbit:g} {fix}")
     return graded("links", "; ".join(told), [], odd)
 
 
@@ -139,7 +141,8 @@ def _limits(host: Host, needs: Needs) -> Finding:
         )
     if needs.num_hosts > 1 and needs.device == "cuda" and locked != float("inf"):
         odd.append(
-            f"{_gb(locked)} of locked memory: InfiniBand registers more -> ulimit -l unlimited"
+            f"{locked / 2**20:g} MiB of locked memory, and InfiniBand registers more -> "
+            "ulimit -l unlimited"
         )
     told = f"open files {files:g}, processes {processes:g}, locked memory "
     told += "unlimited" if locked == float("inf") else f"{locked / 2**20:g} MiB"

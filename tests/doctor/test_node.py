@@ -88,14 +88,14 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
      "wandb 0.18.0 is not >=0.19"),
     ("versions", "warning", {"requirements": ()}, "not installed"),
     ("gpus", "failed", {"gpus": HEALTHY.gpus[:7]}, "7 of 8 are there"),
-    ("gpus", "failed", {"gpus": None}, "no nvidia-smi"),
     ("gpus", "failed", {"torch_cuda": ""}, "without CUDA"),
     ("gpus", "warning", {"gpus": (*HEALTHY.gpus[:7], replace(H200, index=7, used_bytes=5 << 30))},
      "5.4 GB on GPU 7 taken already"),
     ("gpus", "warning", {"gpus": (replace(H200, total_bytes=80 << 30), *HEALTHY.gpus[1:])},
      "85.9 GB on GPU 0, planned with 141.0 GB"),
     ("links", "warning", {"links": {**HEALTHY.links, (2, 5): "SYS"}}, "GPU 2 and GPU 5 by SYS"),
-    ("links", "warning", {"networks": {"eth0": 100.0}}, "100 Gbit/s in all, planned with 3200"),
+    ("links", "warning", {"networks": {"eth0": 100.0}}, "100 Gbit/s known in all"),
+    ("links", "warning", {"networks": {"eth0": 0.0}}, "eth0 of unknown speed"),
     ("links", "warning", {"networks": {}}, "no interface"),
     ("shm", "failed", {"shm_bytes": 64 << 20, "shm_free": 64 << 20}, "0.1 GB of 0.1 GB free"),
     ("shm", "warning", {"shm_bytes": int(50e9), "shm_free": int(50e9)}, "store of 200.0 GB"),
@@ -103,7 +103,7 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("limits", "failed", {"limits": {**HEALTHY.limits, "nofile": 1024.0}}, "1024 open files"),
     ("limits", "warning", {"limits": {**HEALTHY.limits, "nofile": 10_000.0}}, "65536 wanted"),
     ("limits", "warning", {"limits": {**HEALTHY.limits, "nproc": 4096.0}}, "4096 processes"),
-    ("limits", "warning", {"limits": {**HEALTHY.limits, "memlock": 8 << 20}}, "InfiniBand"),
+    ("limits", "warning", {"limits": {**HEALTHY.limits, "memlock": 8 << 20}}, "8 MiB of locked"),
     ("disk", "failed", {"free": {"/shared/runs": int(1e12)}}, "are missing"),
     ("disk", "failed", {"ray_folder_used": 0.97}, "Ray stops above 95%"),
     ("ports", "failed", {"listening": {6379: "process 7 (redis)"}}, "6379 by process 7 (redis)"),
@@ -124,6 +124,14 @@ def test_each_fault_is_found_by_its_line_alone(
     assert "\n" not in found[name].line() and found[name].line().startswith(status)
     others = {other: f.status for other, f in found.items() if other != name}
     assert others == dict.fromkeys(others, "ok")
+
+
+def test_gpus_that_are_wanted_and_cannot_be_seen(ultra: Needs) -> None:
+    found = findings(replace(HEALTHY, gpus=None, links={}), ultra)
+    assert found["gpus"].status == "failed" and "no nvidia-smi" in found["gpus"].detail
+    assert found["links"].status == "warning"
+    on_one_host = replace(ultra, num_hosts=1)
+    assert findings(replace(HEALTHY, gpus=None, links={}), on_one_host)["links"].status != "ok"
 
 
 def test_what_this_host_has_not_is_skipped_and_never_ok() -> None:
