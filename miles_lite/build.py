@@ -126,7 +126,7 @@ class StartedEngine(Engine, Protocol):
 def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
     """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving.
     Servers log to `log_folder`."""
-    device = _device(cfg)
+    device = device_of(cfg)
     expected = Expected.of(replace(cfg, cluster=replace(cfg.cluster, device=device)), inputs.model)
     with contextlib.ExitStack() as stack:
         bundles = stack.enter_context(
@@ -286,7 +286,7 @@ _ENGINES = {"embedded": _start_embedded, "sglang": _start_sglang}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def _device(cfg: Config) -> str:
+def device_of(cfg: Config) -> str:
     if cfg.cluster.device != "auto":
         return cfg.cluster.device
     import torch
@@ -328,7 +328,7 @@ def _check_sglang_options(cfg: Config) -> None:
     """Refuse rollout.engine.sglang where it contradicts the rest, or where SGLang refuses it."""
     from miles_lite.rollout.sglang.check import check_config
 
-    check_config(cfg, _device(cfg))
+    check_config(cfg, device_of(cfg))
 
 
 def audit_reward(cfg: Config, inputs: Inputs) -> list[Section]:

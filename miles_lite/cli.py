@@ -19,6 +19,8 @@ miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of conf
 miles-lite check experiment=NAME [key=value ...]   read and check all it reads, start nothing
 miles-lite plan experiment=NAME [key=value ...]    memory, time and traffic of a run, and whether it
                                                    fits: without GPU or weights, see plan --help
+miles-lite doctor [experiment=NAME] [key=value ..] hosts, files and one harmless step of the loop:
+                                                   ok, or what is wrong and the way out
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
@@ -41,6 +43,7 @@ def run(words: Sequence[str]) -> int:
         "train": _train,
         "check": _check,
         "plan": _plan,
+        "doctor": _doctor,
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
@@ -85,6 +88,12 @@ def _check(overrides: Sequence[str]) -> None:
 
 def _plan(words: Sequence[str]) -> None:
     from miles_lite.planner import command
+
+    command.run(words)
+
+
+def _doctor(words: Sequence[str]) -> None:
+    from miles_lite.doctor import command
 
     command.run(words)
 

@@ -45,7 +45,7 @@ def save(
         "metrics_bytes": run.metrics_bytes,
         "drift": max(metrics[DRIFT], metrics.get(f"{DRIFT}_no_replay", 0.0)),
         "probe": [_plain(sequence) for sequence in probe],
-        "scores": _scores(probe, parts.trainer, parts.packing),
+        "scores": scores(probe, parts.trainer, parts.packing),
     }
     run.saving = step, state
     if not run.saves_meanwhile:
@@ -84,7 +84,7 @@ def restore(run: Run, parts: Parts, watch: SignalWatch) -> None:
     logger.info("going on after step %d, from %s", found.step, found.folder)
 
 
-def _scores(
+def scores(
     probe: Sequence[TrainSequence], trainer: Trainer, packing: PackSettings
 ) -> list[list[float]]:
     """Log-probs of each sequence's response under the trainer's weights."""
@@ -93,8 +93,8 @@ def _scores(
         for index, sequence in enumerate(probe)
     ]
     settings = dataclasses.replace(packing, global_batch=len(probe), train_zero_advantage=True)
-    scores = trainer.score(pack(numbered, settings))
-    return [list(scores[index]) for index in range(len(probe))]
+    found = trainer.score(pack(numbered, settings))
+    return [list(found[index]) for index in range(len(probe))]
 
 
 def _check_scores(found: Checkpoint, parts: Parts) -> None:
@@ -102,7 +102,7 @@ def _check_scores(found: Checkpoint, parts: Parts) -> None:
     probe = [_sequence(values) for values in state["probe"]]
     # some twice, so that there are as many for each DP rank, however many there are now
     padded = [*probe, *itertools.islice(itertools.cycle(probe), -len(probe) % parts.trainer.dp)]
-    again = _scores(padded, parts.trainer, parts.packing)[: len(probe)]
+    again = scores(padded, parts.trainer, parts.packing)[: len(probe)]
     pairs = zip(state["scores"], again, strict=True)
     gaps = [abs(a - b) for before, after in pairs for a, b in zip(before, after, strict=True)]
     gap = statistics.fmean(gaps)

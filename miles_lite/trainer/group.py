@@ -182,6 +182,11 @@ class TrainerGroup:
         self._planned_for = tuple(r.name for r in receivers)
         self._hosted_bytes = sum(engine.held_bytes()["weights"] for engine in engines)
 
+    def checksums(self, of_files: bool) -> list[Mapping[tuple[str, int, int], int]]:
+        """By rank, of the rows of HF tensors that it hosts: its own, or those of the model's files
+        in its dtype. In the phases in which weights are on the device."""
+        return call_all(self._workers, "checksums", of_files, deadline_s=self._timeout_s)
+
     def export_hf(self, folder: Path) -> None:
         """Every rank writes its rows straight into the files; replicas are written once."""
         dims, source = self._spec.dims, HfCheckpoint(self._spec.model_path)

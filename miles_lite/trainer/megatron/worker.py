@@ -18,7 +18,7 @@ from miles_lite.protocols import Hosted, Phase
 from miles_lite.trainer.megatron import setup
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import MicroBatch
-from miles_lite.weights.checksum import file_digest
+from miles_lite.weights.checksum import checksum, file_digest
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.sender import Itinerary, Sender, SyncReport
 from miles_lite.weights.table import iter_segments, trainer_layout
@@ -154,6 +154,20 @@ class MegatronWorker:
         return {file: file_digest(folder / file) for file in files}
 
     # ------------------------------------------------------------------ weights out
+
+    def checksums(self, of_files: bool) -> dict[tuple[str, int, int], int]:
+        """(HF tensor, first row, end) -> checksum of what this rank hosts of it, live or as the
+        files have it."""
+        files, found = HfCheckpoint(self._spec.model_path), {}
+        for hosted in self._hosted:
+            live = self._weights[hosted.param].detach()
+            for tensor, start, offset, count in iter_segments(hosted):
+                if of_files:
+                    rows = files.read(tensor, hosted.dim, start, start + count).to(live.dtype)
+                else:
+                    rows = live.narrow(hosted.dim, offset, count)
+                found[tensor, start, start + count] = checksum(rows)
+        return found
 
     def hosted(self) -> list[Hosted]:
         return self._hosted

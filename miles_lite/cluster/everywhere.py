@@ -1,0 +1,103 @@
+"""A function on every host of a running Ray, by a deadline that names who did not answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from miles_lite.cluster.actor import Call, Remote, RemoteError
+
+T = TypeVar("T")
+CLOCK_READINGS = 3
+CONNECT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answers(Generic[T]):
+    """By host; each is in exactly one of `values` and `failures`."""
+
+    values: Mapping[str, T]
+    failures: Mapping[str, str]  # why there is no value, with the host's name
+    offsets: Mapping[str, tuple[float, float]]  # seconds before our clock, and how far wrong
+
+
+def on_every_host(
+    address: str, function: Callable[..., T], *args: Any, deadline_s: float
+) -> Answers[T]:
+    """function(*args) in a process of each host. Raises OSError if there is no Ray."""
+    _refuse_dead(address)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        nodes = _names([node for node in ray.nodes() if node["Alive"]])
+        end = time.monotonic() + deadline_s
+        calls = [_start(name, node, function, *args) for name, node in sorted(nodes.items())]
+        values: dict[str, T] = {}
+        failures: dict[str, str] = {}
+        offsets: dict[str, tuple[float, float]] = {}
+        for call in calls:
+            name = call.remote.name
+            try:
+                values[name] = call.result(max(1.0, end - time.monotonic()))
+                offsets[name] = _offset(name, nodes[name], deadline_s)
+            except RemoteError as error:
+                failures[name] = str(error)
+        return Answers(values, failures, offsets)
+    finally:
+        ray.shutdown()
+
+
+def _refuse_dead(address: str) -> None:
+    """Raise ConnectionError at once: Ray itself tries for more than five minutes."""
+    if address == "auto":  # in the order in which Ray looks; if it finds none it says so itself
+        noted = Path("/tmp/ray/ray_current_cluster")
+        found = noted.read_text().strip() if noted.is_file() else ""
+        address = os.environ.get("RAY_ADDRESS", found)
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host, int(port)), CONNECT_S):
+            pass
+
+
+def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Ray's id of each host by its name and address; of several at one address with the id too."""
+    ids = [
+        (f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", node["NodeID"])
+        for node in nodes
+    ]
+    seen = Counter(name for name, _ in ids)
+    return {name if seen[name] == 1 else f"{name} {node[:8]}": node for name, node in ids}
+
+
+def _start(name: str, node: str, function: Callable[..., Any], *args: Any) -> Call:
+    task = ray.remote(function).options(
+        num_cpus=0,
+        max_retries=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    )
+    return Call(Remote(name, None), function.__name__, task.remote(*args))
+
+
+def _now() -> float:
+    return time.time()
+
+
+def _offset(name: str, node: str, deadline_s: float) -> tuple[float, float]:
+    """The reading with the shortest way there and back: half of it may be wrong."""
+    readings = []
+    for _ in range(CLOCK_READINGS):
+        begin = time.time()
+        there = _start(name, node, _now).result(deadline_s)
+        end = time.time()
+        readings.append(((end - begin) / 2, there - (begin + end) / 2))
+    error, offset = min(readings)
+    return offset, error

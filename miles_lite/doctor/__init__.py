@@ -1,0 +1,1 @@
+"""Preflight: is this host, this cluster, this experiment fit to train?"""
