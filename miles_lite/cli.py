@@ -20,6 +20,7 @@ miles-lite plan experiment=NAME [key=value ...]    memory, time and traffic of a
                                                    fits: without GPU or weights, see plan --help
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
+miles-lite launch head|worker IP [...]             a run on many hosts, see launch --help
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
@@ -42,6 +43,7 @@ def run(words: Sequence[str]) -> int:
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
+        "launch": _launch,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -96,6 +98,13 @@ def _export(words: Sequence[str]) -> None:
     from miles_lite.weights import convert_command
 
     convert_command.export(words)
+
+
+def _launch(words: Sequence[str]) -> None:
+    from miles_lite.launch import command
+
+    if code := command.run(words):
+        sys.exit(code)
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:

@@ -29,17 +29,22 @@ def describe() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": package_versions(),
         "hostname": platform.node(),
         "cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpu_names(),
+        "gpus": gpu_names(),
         "git": _git(),
         "command": sys.argv,
         "folder": os.getcwd(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Of those that are installed and matter to a run."""
+    return {name: found for name in PACKAGES if (found := _version(name))}
 
 
 def _version(package: str) -> str | None:
@@ -49,7 +54,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpu_names() -> list[str]:
+def gpu_names() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     return (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines()
