@@ -21,7 +21,7 @@ def arguments(file: Path) -> dict[str, str]:
     return {name.lower().replace("_", "-"): value.strip('"') for name, value in found}
 
 
-def tested(name: str) -> dict[str, str]:
+def versions(name: str) -> dict[str, str]:
     lines = (PROJECT / "scripts" / name).read_text().splitlines()
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
@@ -43,12 +43,12 @@ def test_what_the_gpu_image_adds_is_pinned_as_the_project_asks(name: str) -> Non
 
 
 def test_sglang_is_the_version_tested() -> None:
-    assert arguments(GPU)["sglang"] == tested("sglang-cpu.txt")["sglang"]
+    assert arguments(GPU)["sglang"] == versions("sglang-cpu.txt")["sglang"]
 
 
 def test_the_rest_are_the_versions_tested() -> None:
     """Both images take them from the constraints, by the set-up script."""
-    constraints = tested("constraints-cpu.txt")
+    constraints = versions("constraints-cpu.txt")
     for name in ("torch", "megatron-core", "ray", "transformers"):
         assert asked()[name].specifier.contains(Version(constraints[name]))
     for file in (GPU, CPU):

@@ -15,13 +15,13 @@ import pytest
 
 from miles_lite import cli
 from miles_lite.cluster.network import addresses, interface_env
-from miles_lite.launch import facts as facts_module
+from miles_lite.environment import PROJECT
+from miles_lite.launch import preflight
 from miles_lite.launch.facts import Facts, code_digests
 from miles_lite.launch.ports import Ports, ephemeral_range, taken
 from miles_lite.launch.preflight import (
     LaunchError,
     head_problems,
-    stale_ray,
     worker_problems,
 )
 from miles_lite.launch.roster import Roster, Wanted
@@ -67,9 +67,9 @@ ANY = Wanted(2, (), 0, ())
         ({"clock": 0.0}, ANY, "s behind the head's"),
         ({"python": "3.9.1"}, ANY, "it has Python 3.9.1, the head"),
         (
-            {"packages": {**HEAD.packages, "ray": "2.0"}},
+            {"packages": {**HEAD.packages, "ray": "2"}},
             ANY,
-            "other package versions: ray 2.0 (head",
+            "package versions: ray 2 (head",
         ),
         ({"code": {**HEAD.code, "miles_lite/train.py": "0"}}, ANY, "miles_lite/train.py; bring"),
         ({"address": "10.0.0.7"}, ANY, "calls itself 10.0.0.7 but reaches the head as 127.0.0.1"),
@@ -116,7 +116,7 @@ def test_a_changed_byte_of_the_code_shows(tmp_path: Path) -> None:
     (tmp_path / "miles_lite/a.py").write_text("x = 2")
     assert list(before) == ["miles_lite/a.py"]
     assert code_digests(tmp_path) != before
-    assert "miles_lite/launch/facts.py" in code_digests(facts_module.PROJECT)
+    assert "miles_lite/launch/facts.py" in code_digests(PROJECT)
 
 
 def test_ports_are_one_block_of_different_numbers() -> None:
@@ -138,8 +138,9 @@ def test_a_taken_port_is_named_with_its_holder() -> None:
     assert taken(PORTS) == []
 
 
-def test_wrong_addresses() -> None:
+def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     own = next(iter(addresses()))
+    monkeypatch.setattr(preflight, "RAY", ())  # somebody else's test may run one just now
     (found,) = head_problems("192.0.2.7", 2, PORTS)
     assert found.startswith("192.0.2.7 is no address of this host, which has ") and own in found
     (found,) = head_problems("127.0.0.1", 2, PORTS)
@@ -149,7 +150,6 @@ def test_wrong_addresses() -> None:
     assert worker_problems("192.0.2.7", PORTS) == []
     with pytest.raises(LaunchError, match="'node7' is no IP address; this host has"):
         head_problems("node7", 2, PORTS)
-    assert stale_ray({"192.0.2.7"}) == []
     assert interface_env(own)["NCCL_SOCKET_IFNAME"] == f"={addresses()[own]}"
     assert interface_env("192.0.2.7") == {}
 
