@@ -42,6 +42,12 @@ class Facts:
             clock=time.time(),
         )
 
+    def too_few(self, num_gpus: int) -> list[str]:
+        """A sentence if it has fewer than the run needs of each host."""
+        if len(self.gpus) >= num_gpus:
+            return []
+        return [f"it has {len(self.gpus)} GPUs, where the layout wants {num_gpus} of every host"]
+
     @property
     def name(self) -> str:
         return f"{self.host} ({self.address})"

@@ -58,6 +58,7 @@ class Head:
         if self._device == "auto":
             self._device = "cuda" if self._own.gpus else "cpu"
         self._num_hosts, self._num_devices = _shares(cfg, settings)
+        self._num_gpus = self._num_devices if self._device == "cuda" else 0  # a host
         name = cfg.log.name or cfg.experiment  # a name is what lets it resume
         self._words = [*(o for o in overrides if not o.startswith("log.name=")), f"log.name={name}"]
         self._folder = (cfg.log.folder / name).absolute()
@@ -70,7 +71,8 @@ class Head:
         """The status of the run. Raises LaunchError, and CancelledError when a signal ended it
         before the driver ran."""
         settings = self._settings
-        require(head_problems(settings.address, self._num_hosts, settings.ports))
+        problems = head_problems(settings.address, self._num_hosts, settings.ports)
+        require(problems + self._own.too_few(self._num_gpus))
         self._heed_signals()
         print(f"{self._num_hosts} hosts of {self._num_devices} devices; ports:")
         print("\n".join(settings.ports.lines(settings.address)), flush=True)
@@ -102,7 +104,7 @@ class Head:
             code, why = await self._drive(roster, ray)
             return code
         except LaunchError as error:
-            why = str(error)
+            code, why = 2, str(error)
             raise
         except asyncio.CancelledError:
             code, why = 130, "the head was stopped by a signal"
@@ -133,9 +135,9 @@ class Head:
             code = await driving
         finally:
             ours.cancel()
-        if lost:
-            return max(code, 1), lost
-        return code, "it has finished" if code == 0 else f"the driver ended with status {code}"
+        if code == 0:
+            return 0, "it has finished"
+        return code, lost or f"the driver ended with status {code}"
 
     async def _step(self, command: str, words: Sequence[str]) -> int:
         argv = [sys.executable, "-m", "miles_lite.cli", command, *words]
@@ -156,8 +158,7 @@ class Head:
     def _wanted(self) -> Wanted:
         file = self._folder / "hosts.json"
         before = json.loads(file.read_text()) if file.is_file() else []
-        num_gpus = self._num_devices if self._device == "cuda" else 0
-        return Wanted(self._num_hosts, self._settings.hosts, num_gpus, tuple(before))
+        return Wanted(self._num_hosts, self._settings.hosts, self._num_gpus, tuple(before))
 
     def _welcome(self) -> dict[str, object]:
         """What a worker must be able to see: also a file that was not there a second ago."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ class Roster:
 
     def _problems(self, facts: Facts, peer: str, received: float) -> list[str]:
         wanted = self._wanted
-        found = differences(self._own, facts, received)
+        found = differences(self._own, facts, received) + facts.too_few(wanted.num_gpus)
         if facts.address != peer:
             found.append(
                 f"it calls itself {facts.address} but reaches the head as {peer}: Ray needs "
@@ -96,8 +97,6 @@ class Roster:
             )
         if wanted.addresses and facts.address not in wanted.addresses:
             found.append(f"it is none of the hosts of this run: {', '.join(wanted.addresses)}")
-        if len(facts.gpus) < wanted.num_gpus:
-            found.append(f"it has {len(facts.gpus)} GPUs of {wanted.num_gpus}")
         if facts.address in self._members:
             found.append("it has joined already: another worker runs there")
         return found
@@ -148,7 +147,7 @@ class Roster:
     def _joining(self) -> list[str]:
         return [member.facts.name for member in self._members.values() if not member.joined]
 
-    async def _wait(self, done: Any, what: str, deadline_s: float) -> None:
+    async def _wait(self, done: Callable[[], bool], what: str, deadline_s: float) -> None:
         begin = time.monotonic()
         line = _LiveLine()
         try:
@@ -185,7 +184,8 @@ class _LiveLine:
 
     def show(self, title: str, clock: str, text: str) -> None:
         if self._live:
-            print(f"\r\033[K{title}, {clock}; {text}", end="", flush=True)
+            line = f"{title}, {clock}; {text}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{line}", end="", flush=True)
         elif text != self._text or time.monotonic() >= self._next:
             _say(f"{title}, {clock}; {text}")
             self._text, self._next = text, time.monotonic() + NOTE_S

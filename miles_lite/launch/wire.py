@@ -39,7 +39,9 @@ class Wire:
                 kind = message.pop("kind", "")
             except TimeoutError:
                 raise Lost(f"was silent for {silence_s:g} s") from None
-            except (OSError, ValueError, AttributeError) as error:
+            except OSError:
+                raise Lost("closed the connection") from None
+            except (ValueError, AttributeError) as error:
                 raise Lost(f"cannot be understood ({error})") from None
             if not kind:
                 raise Lost("closed the connection")

@@ -53,7 +53,7 @@ def steps(folder: Path) -> list[int]:
 
 def test_a_worker_that_comes_late(two: list[Host], tmp_path: Path) -> None:
     first, second = two
-    lead = head(first, tmp_path)
+    lead = head(first, tmp_path, "parallel.tp=2", "parallel.dp=1")
     lead.wait_for("waiting for hosts")
     assert "missing: 1 of 2 hosts; here: node1 (10.77.0.1)" in lead.text()
     assert "6379" in lead.text()  # of the map
@@ -74,6 +74,22 @@ def test_a_worker_that_comes_late(two: list[Host], tmp_path: Path) -> None:
     assert not (tmp_path / "tiny/.ray-token").exists()
     third = worker(second, tmp_path, WAIT_S="2").end(2)  # its head has gone
     assert "no head at 10.77.0.1:6380 within 2 s" in third and "no head runs on it" in third
+
+
+def test_ctrl_c_while_hosts_are_awaited(two: list[Host], tmp_path: Path) -> None:
+    first, second = two
+    alone = worker(second, tmp_path)
+    alone.wait_for("waiting for the head at 10.77.0.1:6380")
+    alone.signal()
+    assert "interrupted" in alone.end(130, 20)
+
+    lead = head(first, tmp_path, NODES="10.77.0.1,10.77.0.9")
+    lead.wait_for("missing: 10.77.0.9")
+    job = worker(second, tmp_path)
+    assert "it is none of the hosts of this run: 10.77.0.1, 10.77.0.9" in job.end(2, 20)
+    lead.signal()
+    assert "interrupted" in lead.end(130, 60)
+    assert first.left() == second.left() == []
 
 
 def test_hosts_that_never_come(tmp_path: Path) -> None:

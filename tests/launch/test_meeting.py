@@ -74,7 +74,7 @@ ANY = Wanted(2, (), 0, ())
         ({"code": {**HEAD.code, "miles_lite/train.py": "0"}}, ANY, "miles_lite/train.py; bring"),
         ({"address": "10.0.0.7"}, ANY, "calls itself 10.0.0.7 but reaches the head as 127.0.0.1"),
         ({"mood": "good"}, ANY, "it runs other code than the head"),
-        ({"gpus": ["H200"] * 4}, Wanted(2, (), 8, ()), "it has 4 GPUs of 8"),
+        ({"gpus": ["H200"] * 4}, Wanted(2, (), 8, ()), "it has 4 GPUs, where the layout wants 8"),
         ({}, Wanted(2, ("127.0.0.9", "127.0.0.8"), 0, ()), "none of the hosts of this run"),
     ],
 )
