@@ -64,6 +64,11 @@ def test_a_worker_that_comes_late(two: list[Host], tmp_path: Path) -> None:
     assert "is being trained by process" in elsewhere and "on node1" in elsewhere
     at_home = worker(first, tmp_path).end(2)
     assert "10.77.0.1 is an address of this very host" in at_home
+    second.output("mount", "-t", "tmpfs", "tmpfs", str(tmp_path))  # a folder of its own
+    blind = worker(second, tmp_path).end(2, 30)
+    second.output("umount", str(tmp_path))
+    assert f"what the head writes to {tmp_path}/tiny cannot be seen here" in blind
+    assert "node2 (10.77.0.2) cannot join: what the head writes" in lead.text()
 
     job = worker(second, tmp_path)
     lead.end(0)
