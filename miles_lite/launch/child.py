@@ -1,4 +1,4 @@
-"""Processes that are ours: they die with us, and are stopped by process id."""
+"""Processes that are ours, each below a `guard`: they die with us and end by process id."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-
-import psutil
 
 from miles_lite.cluster import CPU_DEVICE
 from miles_lite.cluster.network import interface_env
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError
-from miles_lite.orphan import die_with
 
 GRACE_S = 20.0  # between asking a process to end and killing it
 RAY_START_S = 180.0  # until Ray of one host is up
@@ -30,8 +26,8 @@ LOG_LINES = 15
 class Child:
     """In a process group of its own: Ctrl-C in a terminal reaches us alone, and we pass it on."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
-        self.name, self._process = name, process
+    def __init__(self, name: str, guard: asyncio.subprocess.Process) -> None:
+        self.name, self._guard = name, guard
 
     @classmethod
     async def start(
@@ -40,48 +36,41 @@ class Child:
         """log: takes all output."""
         with contextlib.ExitStack() as stack:
             output = None if log is None else stack.enter_context(log.open("ab"))
-            process = await asyncio.create_subprocess_exec(
-                *command,
+            guard = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "miles_lite.launch.guard", *command),
                 env=env,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.PIPE,  # closes when we die
                 stdout=output,
                 stderr=output,
                 process_group=0,
-                preexec_fn=partial(die_with, os.getpid()),
             )
-        return cls(name, process)
+        return cls(name, guard)
 
     async def wait(self) -> int:
         """Its exit status; 128 + N if signal N ended it."""
-        code = await self._process.wait()
-        return code if code >= 0 else 128 - code
+        return await self._guard.wait()
 
     @property
     def code(self) -> int | None:
-        return self._process.returncode
+        return self._guard.returncode
 
     def signal(self, signum: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signum)
+            self._guard.send_signal(signum)
 
-    async def stop(self) -> None:
-        """Ask it to end, then kill it and whatever it started. psutil's handles know a process from
-        a later one of the same id."""
-        if self.code is not None:
-            return
-        try:
-            family = psutil.Process(self._process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            family = []
-        self.signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.wait(), GRACE_S)
-        self.signal(signal.SIGKILL)
+    def kill(self) -> None:
+        """It and all that it started, at once."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+
+    async def stop(self, grace_s: float = GRACE_S) -> None:
+        """Ask it to end, and kill it when it has not after so long. Nothing of it is left."""
+        if self.code is None:
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.wait(), grace_s)
+        self.kill()
         await self.wait()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 5.0)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 def environment(address: str, token: Path) -> dict[str, str]:
@@ -130,8 +119,8 @@ class RayNode:
         lines = (self._folder / "start.log").read_text(errors="replace").splitlines()
         return "\n  ".join([f"{self._folder} has its logs, which end:", *lines[-LOG_LINES:]])
 
-    async def stop(self, keep_logs: bool) -> None:
-        await self.child.stop()
+    async def stop(self, keep_logs: bool, grace_s: float = GRACE_S) -> None:
+        await self.child.stop(grace_s)
         if not keep_logs:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -183,7 +183,7 @@ class Head:
         """The driver ends the step first, at a second signal at once, at a third it is killed."""
         self._signals += 1
         if self._child is not None and self._child.name == "train":
-            self._child.signal(signum if self._signals < 3 else signal.SIGKILL)
+            self._child.signal(signum) if self._signals < 3 else self._child.kill()
         elif self._signals == 1:
             task.cancel()
 

@@ -55,6 +55,6 @@ class Wire:
             await self._writer.wait_closed()
 
     async def _keep_beating(self) -> None:
-        while True:
+        while not self._writer.is_closing():
             await asyncio.sleep(BEAT_S)
             await self.send("beat")

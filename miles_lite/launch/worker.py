@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.cluster.network import addresses
-from miles_lite.launch.child import RayNode, resources
+from miles_lite.launch.child import GRACE_S, RayNode, resources
 from miles_lite.launch.facts import Facts
 from miles_lite.launch.head import Settings
 from miles_lite.launch.preflight import (
@@ -86,7 +86,7 @@ class _Visit:
         self._settings, self._wire = settings, wire
         self._ray: RayNode | None = None
         self._token = Path()
-        self._failed = True  # until the head says otherwise
+        self._failed, self._grace_s = True, 2.0  # until the head says otherwise
 
     async def stay(self) -> int:
         own = self._wire.own
@@ -103,11 +103,11 @@ class _Visit:
                     await self._join(values)
                 elif kind == "end":
                     print(f"launch: the run ended: {values['why']}", flush=True)
-                    self._failed = values["code"] != 0
+                    self._grace_s, self._failed = GRACE_S, values["code"] != 0
                     return int(values["code"])
         finally:
             if self._ray is not None:
-                await self._ray.stop(keep_logs=self._failed)
+                await self._ray.stop(self._failed, self._grace_s)
 
     async def _hear(self) -> tuple[str, dict[str, Any]]:
         """The next message; a Ray that ends meanwhile is an error that the head is told."""
