@@ -94,13 +94,13 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, words: str, timeout_s: float = 120) -> None:
+    def wait_for(self, words: str, timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while words not in self.text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()[-6000:]
             time.sleep(0.1)
 
-    def end(self, code: int, timeout_s: float = 240) -> str:
+    def end(self, code: int, timeout_s: float = 300) -> str:
         """Its output, once it has left with `code`."""
         try:
             found = self.process.wait(timeout_s)
