@@ -121,7 +121,9 @@ class RayNode:
 
     async def stop(self, keep_logs: bool, grace_s: float = GRACE_S) -> None:
         await self.child.stop(grace_s)
-        if not keep_logs:
+        if keep_logs:
+            print(f"launch: Ray's logs stay in {self._folder}", flush=True)
+        else:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 

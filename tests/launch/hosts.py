@@ -25,6 +25,7 @@ from miles_lite.environment import PROJECT
 FIRST = """
 hostname {name}
 mount -t tmpfs -o size=8g tmpfs /dev/shm
+mount -t tmpfs tmpfs /mnt
 ip link set lo up
 while :; do sleep 1000 & wait $!; done
 """
@@ -55,7 +56,7 @@ class Host:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 self.command(*words),
-                env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": "/mnt", **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
