@@ -18,7 +18,7 @@ from miles_lite.algo.packing import PackSettings
 from miles_lite.algo.routing import RouterSizes
 from miles_lite.cluster import session
 from miles_lite.cluster.actor import Remote, spawn
-from miles_lite.cluster.placement import Bundle
+from miles_lite.cluster.placement import Bundle, check_groups
 from miles_lite.config import Config, ConfigError
 from miles_lite.data.prompts import PromptSource
 from miles_lite.data.source import RenderSettings, Source, open_source
@@ -132,6 +132,7 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
         bundles = stack.enter_context(
             session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
         )
+        check_groups([bundle.host for bundle in bundles], _groups(cfg))
         env = {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
         start_engine = _ENGINES[cfg.rollout.engine.backend]
         size = cfg.rollout.engine.tp
@@ -158,6 +159,17 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
             packing=PackSettings.of(cfg, partial(train_flops, inputs.model)),
             expected=expected,
         )
+
+
+def _groups(cfg: Config) -> dict[str, int]:
+    """Sizes of the groups that exchange most and should stay on a host; all are of neighbours."""
+    dims, engine = cfg.parallel.dims, cfg.rollout.engine.dims
+    return {
+        "parallel.tp": dims.tp,
+        "parallel.expert_tp x ep": dims.expert_tp * dims.ep,
+        "rollout.engine.tp / dp": engine.attn_tp,
+        "rollout.engine.tp": engine.tp,
+    }
 
 
 def _connect(engines: Sequence[StartedEngine], spots: Sequence[Spot], deadline_s: float) -> None:

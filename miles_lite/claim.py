@@ -19,9 +19,9 @@ class RunFinished(Exception):
     """There is nothing left to do for this run."""
 
 
-def claim(folder: Path) -> IO[str]:
-    """Held until it is closed or this process ends, however it ends."""
-    file = (folder / ".lock").open("a+")
+def claim(folder: Path, name: str = ".lock") -> IO[str]:
+    """Held until it is closed or this process ends, however it ends. name: of the lock's file."""
+    file = (folder / name).open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,6 +23,7 @@ miles-lite doctor [experiment=NAME] [key=value ..] hosts, files and one harmless
                                                    ok, or what is wrong and the way out
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
+miles-lite launch head|worker IP [...]             a run on many hosts, see launch --help
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
@@ -47,6 +48,7 @@ def run(words: Sequence[str]) -> int:
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
+        "launch": _launch,
         "wandb-dashboard": _wandb_dashboard,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -114,6 +116,13 @@ def _export(words: Sequence[str]) -> None:
     from miles_lite.weights import convert_command
 
     convert_command.export(words)
+
+
+def _launch(words: Sequence[str]) -> None:
+    from miles_lite.launch import command
+
+    if code := command.run(words):
+        sys.exit(code)
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:

@@ -43,6 +43,10 @@ if command -v shellcheck >/dev/null; then
     say "shellcheck"
     shellcheck scripts/*.sh .ci/run
 fi
+if command -v hadolint >/dev/null; then # its wheels are for some platforms only
+    say "hadolint"
+    hadolint docker/Dockerfile docker/Dockerfile.cpu
+fi
 lane "not slow and not sglang"
 lane "slow and not sglang"
 bash scripts/setup-sglang-cpu.sh # a minute or two; an environment of its own

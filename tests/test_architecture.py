@@ -25,7 +25,7 @@ LEVELS = (
     "planner",
     "build",
     "resume",
-    "train evaluate doctor",
+    "train evaluate doctor launch",
     "cli",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

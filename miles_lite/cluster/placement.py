@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +14,9 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-CPU_DEVICE = "miles_device"  # custom Ray resource: one unit is one CPU "device"
+from miles_lite.config import ConfigError
+
+SETTLE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,7 @@ def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
 
     Raises ValueError when the cluster has fewer devices, RuntimeError when they stay busy.
     """
-    total = int(ray.cluster_resources().get(resource, 0))
+    total = _settled(num_devices, resource, min(deadline_s, SETTLE_S))
     if total < num_devices:
         raise ValueError(
             f"{num_devices} devices wanted (parallel.tp x pp x dp) but Ray sees {total} of "
@@ -65,4 +72,40 @@ def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
     for p in probes:
         ray.kill(p)
     bundles = [Bundle(group, i, resource, host, device) for i, (host, device) in enumerate(places)]
-    return sorted(bundles, key=lambda b: (tuple(map(int, b.host.split("."))), b.device, b.index))
+    return sorted(bundles, key=lambda b: (_number(b.host), b.device, b.index))
+
+
+def check_groups(hosts: Sequence[str], sizes: Mapping[str, int]) -> None:
+    """Refuse a placement where a group crosses the network without need.
+
+    hosts: of each rank. sizes: by the key that sets it, the size of a group of neighbouring ranks;
+    one that is larger than a host may lie on as few hosts as can hold it. Raises ConfigError.
+    """
+    per_host = Counter(hosts)
+    largest = max(per_host.values())
+    for key, size in sizes.items():
+        for first in range(0, len(hosts), size):
+            found = sorted(set(hosts[first : first + size]), key=_number)
+            if len(found) > math.ceil(size / largest):
+                shares = ", ".join(f"{host} {number}" for host, number in per_host.items())
+                raise ConfigError(
+                    f"{key} = {size}: ranks {first} to {first + size - 1} would lie on "
+                    f"{' and '.join(found)}, as the hosts give {shares} devices: let each give the "
+                    f"same multiple of {size}, or choose a size that divides what they give"
+                )
+
+
+def _settled(num_devices: int, resource: str, deadline_s: float) -> int:
+    """Devices of the cluster, once there are enough: what a host that just joined has is known a
+    moment later."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        total = int(ray.cluster_resources().get(resource, 0))
+        if total >= num_devices or time.monotonic() > deadline:
+            return total
+        time.sleep(0.2)
+
+
+def _number(host: str) -> int:
+    """By which addresses are sorted: 10.0.0.9 comes before 10.0.0.10."""
+    return int(ipaddress.ip_address(host))

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from miles_lite.cluster.placement import CPU_DEVICE, Bundle, reserve
+from miles_lite.cluster import CPU_DEVICE
+from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.config import ClusterConfig
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from miles_lite.cluster import CPU_DEVICE
 from miles_lite.cluster.actor import Remote, RemoteError, call_all, spawn, waited_for
-from miles_lite.cluster.placement import CPU_DEVICE, Bundle, reserve
+from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.cluster.session import open_session
 from miles_lite.config import ClusterConfig
 

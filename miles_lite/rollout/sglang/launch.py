@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from miles_lite import orphan
+from miles_lite.cluster.network import interface_env
 from miles_lite.rollout.sglang.options import EngineSpec, options
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -77,8 +76,7 @@ def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
     if spec.num_nodes > 1:
         # else SGLang asks the route to the internet for its address, and gloo the name service
         env["SGLANG_HOST_IP"] = place.host
-        if interface := interface_of(place.host):
-            env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        env = interface_env(place.host) | env
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
     return Launch(
@@ -86,14 +84,6 @@ def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
         env=env,
         request=json.dumps({"options": chosen, "api_key": api_key}),
     )
-
-
-def interface_of(host: str) -> str:
-    """The network interface of this host that has the address `host`; "" if none has."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == host for address in addresses):
-            return name
-    return ""
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:

@@ -1,0 +1,169 @@
+"""What hosts are refused for, over real sockets; ports; what is found before a start."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_lite import cli
+from miles_lite.cluster.network import addresses, interface_env
+from miles_lite.environment import PROJECT
+from miles_lite.launch import preflight
+from miles_lite.launch.facts import Facts, code_digests
+from miles_lite.launch.ports import Ports, ephemeral_range, taken
+from miles_lite.launch.preflight import (
+    LaunchError,
+    head_problems,
+    worker_problems,
+)
+from miles_lite.launch.roster import Roster, Wanted
+from miles_lite.launch.wire import Lost, Wire
+
+HEAD = dataclasses.replace(Facts.here("127.0.0.9"), host="head")
+PORTS = Ports.of(21_000)
+
+
+def hello(**changes: Any) -> dict[str, Any]:
+    """What another host of the same versions says; it reaches the head from 127.0.0.1."""
+    facts = dataclasses.asdict(HEAD) | {"host": "other", "address": "127.0.0.1"}
+    return facts | {"clock": time.time()} | changes
+
+
+async def meet(
+    wanted: Wanted, *messages: tuple[str, Mapping[str, Any]]
+) -> tuple[list[tuple[str, dict[str, Any]]], Roster]:
+    """Say so many things to a head; what it answers, until it closes or is silent for a second."""
+    roster = Roster(HEAD, wanted, {"token": "/nowhere"})
+    server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
+    wire = Wire(*await asyncio.open_connection(*server.sockets[0].getsockname()))
+    heard = []
+    try:
+        for kind, values in messages:
+            await wire.send(kind, **values)
+        while True:
+            heard.append(await wire.receive(1.0))
+    except Lost:
+        return heard, roster
+    finally:
+        await wire.close()
+        server.close()
+
+
+ANY = Wanted(2, (), 0, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "why"),
+    [
+        ({"clock": time.time() + 3600}, ANY, "s ahead of the head's, more than 5 s: set it"),
+        ({"clock": 0.0}, ANY, "s behind the head's"),
+        ({"python": "3.9.1"}, ANY, "it has Python 3.9.1, the head"),
+        (
+            {"packages": {**HEAD.packages, "ray": "2"}},
+            ANY,
+            "package versions: ray 2 (head",
+        ),
+        ({"code": {**HEAD.code, "miles_lite/train.py": "0"}}, ANY, "miles_lite/train.py; bring"),
+        ({"address": "10.0.0.7"}, ANY, "calls itself 10.0.0.7 but reaches the head as 127.0.0.1"),
+        ({"mood": "good"}, ANY, "it runs other code than the head"),
+        ({"gpus": ["H200"] * 4}, Wanted(2, (), 8, ()), "it has 4 GPUs, where the layout wants 8"),
+        ({}, Wanted(2, ("127.0.0.9", "127.0.0.8"), 0, ()), "none of the hosts of this run"),
+    ],
+)
+def test_a_host_is_refused(changes: dict[str, Any], wanted: Wanted, why: str) -> None:
+    heard, _ = asyncio.run(meet(wanted, ("hello", hello(**changes))))
+    assert [kind for kind, _ in heard] == ["refused"]
+    assert why in heard[0][1]["why"]
+
+
+def test_a_host_that_agrees_is_welcome_and_one_that_is_too_many_is_not() -> None:
+    heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", {})))
+    assert heard == [("welcome", {"token": "/nowhere"})]
+    heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", {})))
+    assert heard[-1] == ("refused", {"why": "all hosts are there already"})
+
+
+def test_noise_on_the_port_is_no_host() -> None:
+    async def knock() -> list[str]:
+        roster = Roster(HEAD, ANY, {})
+        server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
+        for noise in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b"{}\n", b"x" * 100_000):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(noise)
+            writer.write_eof()
+            while await asyncio.wait_for(reader.read(1 << 16), 5):
+                pass
+            writer.close()
+        server.close()
+        return roster.names()
+
+    assert asyncio.run(knock()) == [HEAD.name]
+
+
+def test_a_changed_byte_of_the_code_shows(tmp_path: Path) -> None:
+    (tmp_path / "miles_lite/__pycache__").mkdir(parents=True)
+    (tmp_path / "miles_lite/a.py").write_text("x = 1")
+    (tmp_path / "miles_lite/__pycache__/a.pyc").write_text("any")
+    before = code_digests(tmp_path)
+    (tmp_path / "miles_lite/a.py").write_text("x = 2")
+    assert list(before) == ["miles_lite/a.py"]
+    assert code_digests(tmp_path) != before
+    assert "miles_lite/launch/facts.py" in code_digests(PROJECT)
+
+
+def test_ports_are_one_block_of_different_numbers() -> None:
+    numbers = dataclasses.astuple(PORTS)
+    assert numbers[:-1] == tuple(range(21_000, 21_011))
+    assert PORTS.last_worker == 22_009
+    low, _ = ephemeral_range()
+    for base in (80, low - 500, low + 10):
+        with pytest.raises(ValueError, match="PORT_BASE"):
+            Ports.of(base)
+
+
+def test_a_taken_port_is_named_with_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", PORTS.gcs)):
+        (found,) = taken(PORTS)
+        assert found.startswith(f"port {PORTS.gcs} is taken by process ")
+        assert Path(sys.executable).name in found or "pytest" in found
+        assert found in head_problems("127.0.0.1", 1, PORTS)
+    assert taken(PORTS) == []
+
+
+def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = next(iter(addresses()))
+    monkeypatch.setattr(preflight, "RAY", ())  # somebody else's test may run one just now
+    (found,) = head_problems("192.0.2.7", 2, PORTS)
+    assert found.startswith("192.0.2.7 is no address of this host, which has ") and own in found
+    (found,) = head_problems("127.0.0.1", 2, PORTS)
+    assert "which no other host can reach" in found
+    assert head_problems("127.0.0.1", 1, PORTS) == head_problems(own, 2, PORTS) == []
+    assert "of this very host" in worker_problems(own, PORTS)[0]
+    assert worker_problems("192.0.2.7", PORTS) == []
+    with pytest.raises(LaunchError, match="'node7' is no IP address; this host has"):
+        head_problems("node7", 2, PORTS)
+    assert interface_env(own)["NCCL_SOCKET_IFNAME"] == f"={addresses()[own]}"
+    assert interface_env("192.0.2.7") == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("cluster.address=auto", "launch sets cluster.address"),
+        ("--nodes 3", "2 devices (parallel.tp x pp x dp) cannot be shared evenly by 3 hosts"),
+        ("--hosts 10.0.0.1,10.0.0.2", "the head 127.0.0.1 is none of the hosts 10.0.0.1, 10.0.0.2"),
+        ("--port 99999", "PORT_BASE"),
+        ("--nodes 2", "127.0.0.1 is a loopback address"),
+    ],
+)
+def test_a_head_that_cannot_lead(words: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["launch", "head", "127.0.0.1", "experiment=tiny", *words.split()]) == 2
+    assert why in capsys.readouterr().err
