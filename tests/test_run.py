@@ -167,7 +167,7 @@ def test_git_state_is_that_of_the_project_only(
     inner.mkdir()
     answers = {"rev-parse --show-toplevel": str(tmp_path), "rev-parse --verify HEAD": "abc"}
     answers["status --porcelain"] = " M file"
-    monkeypatch.setattr(environment, "_output", lambda *words: answers[" ".join(words[3:])])
+    monkeypatch.setattr(environment, "output", lambda *words: answers[" ".join(words[3:])])
     monkeypatch.setattr(environment, "PROJECT", inner)
     assert environment.describe()["git"] is None
     monkeypatch.setattr(environment, "PROJECT", tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miles_lite.cluster.actor import Call, Remote, RemoteError
@@ -36,7 +37,10 @@ def on_every_host(
 ) -> Answers[T]:
     """function(*args) in a process of each host. Raises OSError if there is no Ray."""
     _refuse_dead(address)
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (RuntimeError, ray.exceptions.RayError) as error:  # of another version, or no answer
+        raise ConnectionError(str(error)) from error
     try:
         nodes = _names([node for node in ray.nodes() if node["Alive"]])
         end = time.monotonic() + deadline_s

@@ -69,7 +69,7 @@ def examine(cfg: Config | None, options: argparse.Namespace) -> Iterator[Finding
             model, notes = read_model(cfg)
             needs = Needs.of(cfg, model)
         except ValueError as error:
-            fix = "model.path=FOLDER with an HF checkpoint; cluster.hardware"
+            fix = "mend the key it names; model.path=FOLDER with an HF checkpoint"
             yield Finding("experiment", "failed", str(error), fix)
         else:
             told = f"{cfg.experiment}: {model.num_layers} layers, {needs.summary}"

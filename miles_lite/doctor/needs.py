@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from miles_lite import build
 from miles_lite.config import Config
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.planner import rules
 from miles_lite.planner.hardware import Hardware
 from miles_lite.planner.memory import PHASES, disk_items, host_items, on_node, sizes, total
 
@@ -38,7 +39,8 @@ class Needs:
 
     @classmethod
     def of(cls, cfg: Config, model: NemotronH) -> Needs:
-        """Raises ConfigError for hardware nobody knows."""
+        """Raises ConfigError for what can never run, and for hardware nobody knows."""
+        rules.check(cfg, model)
         hardware, device = Hardware.named(cfg.cluster.hardware), build.device_of(cfg)
         cfg = replace(cfg, cluster=replace(cfg.cluster, device=device))
         planned = sizes(cfg, model, hardware)

@@ -71,6 +71,8 @@ def test_without_live_the_rest_is_skipped_with_the_reason(
          "reward", "no more than an empty one"),
         (["data.train=nowhere.jsonl"], "data", "nowhere.jsonl"),
         (["train.max_tokens_per_micro_batch=20000000"], "plan", "missing"),
+        (["parallel.pp=3", "parallel.dp=1"], "experiment", "parallel."),
+        (["cluster.hardware=abacus"], "experiment", "'abacus' is neither a file nor one of"),
         (["cluster.device=cuda"], "gpus", "2 wanted, and there is no nvidia-smi"),
     ],
 )  # fmt: skip
@@ -78,7 +80,7 @@ def test_faults_of_the_configuration(
     capsys: pytest.CaptureFixture[str], words: list[str], name: str, told: str
 ) -> None:
     code, found, err = offline(capsys, *words)
-    assert code == 1 and f"{name}" in err.splitlines()[-1]
+    assert code == 1 and name in err.splitlines()[-1]
     assert found[name]["status"] == "failed" and told in found[name]["detail"]
     assert found[name]["fix"] and found["drift"]["status"] == "skipped"
 
