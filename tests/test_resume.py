@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from miles_lite import cli
+from miles_lite.intact import file_digest
 from miles_lite.run import read_metrics
-from miles_lite.weights.checksum import file_digest
 
 # a learning rate that changes, dynamic sampling, two updates a step, an evaluation on the way
 WORDS = """

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from miles_lite.intact import HASH, file_digest, tree_to_disk
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.conversion import (
     MANIFEST,
     MAX_UNIT,
@@ -67,12 +67,19 @@ from miles_lite.weights.torch_dist import (
 )
 
 Opened = tuple[NemotronH, HfFiles, dict[str, dict[str, Any]]]  # with the manifest, if it has one
+Group = tuple[tuple[str, ...], tuple[Piece, ...]]  # HF tensors, and the chunks made of them
 
 
 @functools.cache
 def _opened(hf: Path) -> Opened:
     """Once a process: a large model has tens of thousands of tensors."""
     return NemotronH.from_folder(hf), HfFiles(hf), read_manifest(hf)
+
+
+@functools.cache
+def _groups(hf: Path) -> dict[str, Group]:
+    """By the first tensor."""
+    return {group[0][0]: group for group in pieces(_opened(hf)[0])}
 
 
 # ------------------------------------------------------------------ HF to torch_dist
@@ -99,7 +106,7 @@ class ToDist:
             for name, stored in files.tensors.items()
         }
         total = sum(sizes.values())
-        purpose = {"hf": str(self.hf.resolve()), "dtype": str(self.dtype)}
+        purpose = {"hf": str(self.hf.resolve()), "dtype": str(self.dtype), "hash": HASH}
         claim(self.out, purpose | {"source": fingerprint_hf(files)})
         (self.out / RELEASE).mkdir(exist_ok=True)
         limit = min(MAX_UNIT, max(MIN_UNIT, total // 256))
@@ -120,7 +127,8 @@ class ToDist:
         """Write one file."""
         model, files, manifest = _opened(self.hf)
         kept = self._kept(model)
-        groups = [group for group in pieces(model) if set(group[0]) <= set(unit.tensors)]
+        by_first = _groups(self.hf)
+        groups = [by_first[name] for name in unit.tensors if name in by_first]
         written: list[Written] = []
         hashes: dict[str, dict[str, str]] = {}
         with appearing(self.out / unit.file) as out:
@@ -176,6 +184,8 @@ class ToDist:
         (folder / "metadata.json").write_text(json.dumps(backends | versions))
         copy_extras(self.hf, self.out / "hf")
         small = (extra, "common.pt", METADATA, "metadata.json")
+        tree_to_disk(folder)
+        tree_to_disk(self.out / "hf")
         write_manifest(self.out, units, {name: file_digest(folder / name) for name in small})
         replace_text(self.out / TRACKER, RELEASE + "\n")
 
@@ -198,6 +208,7 @@ class ToHf:
         folder = iteration_folder(self.dist)
         DistSource(folder, model)
         purpose = {"dist": str(self.dist.resolve()), "hf": str(self.template.resolve())}
+        purpose |= {"hash": HASH}  # one manifest has one kind
         dist_files = [path for path in folder.iterdir() if path.is_file()]
         source = {"source": fingerprint(dist_files), "template": fingerprint_hf(files)}
         claim(self.out, purpose | source)
@@ -242,6 +253,7 @@ class ToHf:
         copy_extras(self.template, self.out)
         if (self.template / INDEX).is_file():
             shutil.copyfile(self.template / INDEX, self.out / INDEX)
+        tree_to_disk(self.out)
         write_manifest(self.out, units, {})
 
 

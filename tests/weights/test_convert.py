@@ -99,6 +99,40 @@ def test_a_dtype_is_for_all_but_what_stays_fp32(sharded: Path, tmp_path: Path) -
     assert dist.read(router, (0,), dist.shapes[router]).dtype is torch.float32
 
 
+@pytest.mark.parametrize("direction", ["dist", "hf"])
+def test_all_is_on_disk_before_what_says_so(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """Each file before it has its name, and all of them before there are a manifest and a
+    tracker."""
+    job: ToDist | ToHf = ToDist(sharded, tmp_path / "dist", None)
+    if direction == "hf":
+        do(job)
+        job = ToHf(tmp_path / "dist", sharded, tmp_path / "back")
+    synced: dict[int, int] = {}  # inode -> bytes that are on disk
+    names: set[Path] = set()  # of what has appeared
+    fsync, replace = os.fsync, Path.replace
+
+    def record(handle: int) -> None:
+        fsync(handle)
+        stat = os.fstat(handle)
+        synced[stat.st_ino] = stat.st_size
+
+    def checked(part: Path, path: Path) -> Path:
+        assert synced.get(part.stat().st_ino) == part.stat().st_size, path
+        if path.name in ("manifest.json", TRACKER):
+            for file in job.out.rglob("[!.]*"):
+                if file.is_file() and file.parent.name != ".progress":
+                    assert synced.get(file.stat().st_ino) == file.stat().st_size, file
+        names.add(path)
+        return replace(part, path)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "replace", checked)
+    do(job)
+    assert job.out / job.last in names
+
+
 NAMES = ("mamba", "moe", "attention")  # which SGLang 0.5 knows, and transformers too
 SPELLINGS = [NAMES, ("linear_attention", "moe", "full_attention")]
 
@@ -377,6 +411,19 @@ def test_a_manifest_that_changed_is_named(sharded: Path, tmp_path: Path) -> None
         (dist / "manifest.json").write_text(broken)
         with pytest.raises(ValueError, match=r"manifest\.json (cannot be read|says)"):
             list(verify(sharded, dist))
+
+
+def test_a_manifest_of_other_hashes_is_refused(sharded: Path, tmp_path: Path) -> None:
+    path = to_dist(sharded, tmp_path / "dist") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["hash"]  # as the first version wrote it, with SHA-256
+    path.write_text(json.dumps(manifest))
+    told = "hashes are not xxh3_128: another version wrote it; convert again, or remove it"
+    with pytest.raises(ValueError, match=told):
+        ToHf(path.parent, sharded, tmp_path / "back").prepare()
+    path.unlink()
+    do(ToHf(path.parent, sharded, tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(sharded)
 
 
 def test_a_source_with_a_manifest_is_checked_against_it(sharded: Path, tmp_path: Path) -> None:
