@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step_000012/
       policy/ reference/ random/     of the trainer's ranks, see trainer/megatron/checkpoint.py
-      state.json                     of the driver: position in the data, metrics, a probe
+      state.json                     of the driver: position in the data, metrics
+      probe.npz                      the answers of the last step and their log-probs, see resume.py
       manifest.json                  size and hash of every other file; written last
     RUN/checkpoints/latest           its name, for people and scripts
 
