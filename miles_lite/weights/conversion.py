@@ -10,7 +10,7 @@ import resource
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,11 +47,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one unit."""
+    """What became of one unit, or of one tensor."""
 
     file: str
     num_bytes: int
     peak_rss: int  # bytes, of the process that did it
+    told: Mapping[str, Any] = field(default_factory=dict)  # what is to be noted
 
 
 def check_tensors(files: HfFiles, model: NemotronH) -> None:
@@ -182,16 +183,28 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name only once it is complete and on disk; nothing is left of a failed
-    one."""
-    part = path.with_name(f".{path.name}.part")
+    """A file that `settle` is to give its name; nothing is left of a failed one."""
+    part = _part(path)
     try:
         with part.open("wb") as out:
             yield out
-        to_disk(part)
-        part.replace(path)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+
+
+def settle(out: Path, unit: Unit, report: Report) -> None:
+    """Have a file that was written on disk, then give it its name, then note it. Apart from the
+    writing, so that the writer need not wait for the disk."""
+    part, path = _part(out / unit.file), out / unit.file
+    to_disk(part)
+    part.replace(path)
+    to_disk(path.parent)
+    note(out, unit, report.told)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def claim(out: Path, purpose: Mapping[str, Any]) -> None:
@@ -257,7 +270,7 @@ def write_manifest(out: Path, units: Sequence[Unit], files: Mapping[str, str]) -
 
 
 def replace_text(path: Path, text: str) -> None:
-    """On disk when this returns, and so is the name of what appeared in the folder before it."""
+    """On disk when this returns."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     part.write_text(text)
     to_disk(part)

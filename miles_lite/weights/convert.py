@@ -1,6 +1,6 @@
 """HF checkpoints to Megatron torch_dist and back, file by file, by many processes and hosts.
 
-A unit is one output file: it is written beside its name, renamed, and only then noted in
+A unit is one output file: it is written beside its name, fsynced, renamed, and only then noted in
 OUT/.progress/, so a rank that is killed loses the file it was at. No process holds more than a
 tensor; no model is made.
 
@@ -44,7 +44,6 @@ from miles_lite.weights.conversion import (
     fingerprint,
     fingerprint_hf,
     iteration_folder,
-    note,
     noted,
     peak_rss,
     raw_bytes,
@@ -124,7 +123,7 @@ class ToDist:
         return units, max(*sizes.values(), *(one.num_bytes for one in files.tensors.values()))
 
     def convert(self, unit: Unit) -> Report:
-        """Write one file."""
+        """Write one file, which is then to be settled."""
         model, files, manifest = _opened(self.hf)
         kept = self._kept(model)
         by_first = _groups(self.hf)
@@ -146,8 +145,7 @@ class ToDist:
                     written.append(write_chunk(out, piece, tensor, Path(unit.file).name))
                     del tensor
         told = {"written": [asdict(one) for one in written], "hashes": hashes}
-        note(self.out, unit, told)
-        return Report(unit.file, unit.num_bytes, peak_rss())
+        return Report(unit.file, unit.num_bytes, peak_rss(), told)
 
     @staticmethod
     def _kept(model: NemotronH) -> set[str]:
@@ -222,7 +220,7 @@ class ToHf:
         return units, max(stored.num_bytes for stored in files.tensors.values())
 
     def convert(self, unit: Unit) -> Report:
-        """Write one file."""
+        """Write one file, which is then to be settled."""
         source, (_, files, _) = _source(self.dist, self.template), _opened(self.template)
         stored = read_header(self.template / unit.file)
         begin = min((one.begin for one in stored.values()), default=0)
@@ -246,8 +244,7 @@ class ToHf:
                         hashes[name] = {"hf": content_hash(tensor)}
                     out.write(raw_bytes(tensor))
                     del tensor
-        note(self.out, unit, {"hashes": hashes})
-        return Report(unit.file, unit.num_bytes, peak_rss())
+        return Report(unit.file, unit.num_bytes, peak_rss(), {"hashes": hashes})
 
     def finish(self, units: Sequence[Unit]) -> None:
         copy_extras(self.template, self.out)

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from miles_lite.weights.conversion import (
     done,
     intact,
     peak_rss,
+    settle,
     share,
 )
 from miles_lite.weights.convert import ToDist, ToHf, verify
@@ -195,15 +196,23 @@ def _meet(host: str, rank: int, num_ranks: int, timeout_s: float) -> None:
 
 def _work(job: ToDist | ToHf, units: Sequence[Unit], workers: int) -> list[Report]:
     reports: list[Report] = []
+    settled: list[Future[None]] = []
     # torch alone takes seconds to import, so workers are forked: on the first submit, when no other
     # thread runs yet
-    with ProcessPoolExecutor(
-        max(1, min(workers, len(units))),
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_become_worker,
-        initargs=(os.getpid(),),
-    ) as pool:
-        futures = [pool.submit(job.convert, unit) for unit in units]
+    fork = multiprocessing.get_context("fork")
+    size = max(1, min(workers, len(units)))
+    with (
+        ThreadPoolExecutor(size) as disk,
+        ProcessPoolExecutor(size, fork, _become_worker, (os.getpid(),)) as pool,
+    ):
+        futures = {pool.submit(job.convert, unit): unit for unit in units}
+
+        def settle_it(future: Future[Report]) -> None:  # also after another one has failed
+            if not future.cancelled() and future.exception() is None:
+                settled.append(disk.submit(settle, job.out, futures[future], future.result()))
+
+        for future in futures:
+            future.add_done_callback(settle_it)
         with _progress() as progress:
             meter = Meter(progress, job.out.name, sum(unit.num_bytes for unit in units))
             try:
@@ -214,6 +223,8 @@ def _work(job: ToDist | ToHf, units: Sequence[Unit], workers: int) -> list[Repor
                 raise OSError(errno.ECHILD, "a worker died (killed, or out of memory)") from error
             finally:
                 pool.shutdown(cancel_futures=True)
+    for one in settled:
+        one.result()
     return reports
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, share
+from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, settle, share
 from miles_lite.weights.convert import ToDist, ToHf, verify
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.hf_files import INDEX
@@ -51,7 +51,7 @@ def copy(sharded: Path, tmp_path: Path) -> Path:
 def do(job: ToDist | ToHf) -> None:
     units, _ = job.prepare()
     for unit in units:
-        job.convert(unit)
+        settle(job.out, unit, job.convert(unit))
     job.finish(units)
 
 
