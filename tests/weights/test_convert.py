@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from miles_lite import cli
 from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, settle, share
 from miles_lite.weights.convert import ToDist, ToHf, verify
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
@@ -368,6 +369,15 @@ def test_too_little_room_is_refused_with_figures(
         check_resources(tmp_path, 10**15, 10**6, 1)
     with pytest.raises(ValueError, match=r"500 workers need up to 3\.1 GB each.*--workers \d+"):
         check_resources(tmp_path, 10, 10**9, 500)
+
+
+def test_a_command_that_does_not_fit_writes_nothing(
+    sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--hf", str(sharded), "--out", str(tmp_path / "out"), "--workers", "10000"]
+    assert cli.run(["convert", "hf-to-dist", *words]) == 2
+    assert "10000 workers need up to 1.1 GB each, " in capsys.readouterr().err
+    assert not [path for path in tmp_path.glob("out/**/*") if path.suffix == ".distcp"]
 
 
 def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
