@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step_000012/
       policy/ reference/ random/     of the trainer's ranks, see trainer/megatron/checkpoint.py
-      state.json                     of the driver: position in the data, metrics, a probe
+      state.json                     of the driver: position in the data, metrics
+      probe.npz                      the answers of the last step and their log-probs, see resume.py
       manifest.json                  size and hash of every other file; written last
     RUN/checkpoints/latest           its name, for people and scripts
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from miles_lite.intact import HASH, OTHER_HASH, to_disk, tree_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +62,15 @@ class Checkpoints:
         assert not unread, f"{part}: {unread[:3]} cannot be read back"
         sizes = {file: (part / file).stat().st_size for file in files}
         manifest = {file: {"bytes": sizes[file], "hash": hashes[file]} for file in files}
-        for file in files:
-            _sync(part / file)
-        _write_json(part / "manifest.json", {"step": step, "files": manifest})
-        for place in [*(path for path in part.rglob("*") if path.is_dir()), part]:
-            _sync(place)
+        tree_to_disk(part)
+        _write_json(part / "manifest.json", {"step": step, "hash": HASH, "files": manifest})
+        to_disk(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-        _sync(self._folder)
+        to_disk(self._folder)
         tracker = self._folder / ".latest.part"
         tracker.write_text(folder.name + "\n")
-        _sync(tracker)
+        to_disk(tracker)
         tracker.replace(self._folder / "latest")
         self._prune(step)
         return Checkpoint(folder, step, state)
@@ -118,9 +118,11 @@ def read_checkpoint(folder: Path, digests: Digests) -> Checkpoint:
         files: Mapping[str, Mapping[str, Any]] = manifest["files"]
         sizes = {file: int(entry["bytes"]) for file, entry in files.items()}
         hashes = {file: str(entry["hash"]) for file, entry in files.items()}
-        step = int(manifest["step"])
+        step, kind = int(manifest["step"]), manifest.get("hash")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"manifest.json cannot be read ({error!r})") from None
+    if kind != HASH:
+        raise ValueError(OTHER_HASH)
     for file, size in sizes.items():
         place = folder / file
         found = place.stat().st_size if place.is_file() else -1
@@ -150,13 +152,4 @@ def _files(folder: Path) -> list[str]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value) + "\n", encoding="ascii")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Until it is on disk, contents of a file or entries of a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(path)

@@ -24,6 +24,8 @@ from miles_lite.protocols import Metrics
 
 logger = logging.getLogger(__name__)
 
+RUN_ID = "wandb_run_id"  # a file of the run folder, and a key of its checkpoints
+
 
 @dataclass(frozen=True, slots=True)
 class Sum:
@@ -139,9 +141,9 @@ class WandbSink:
     """Weights & Biases: metrics against step axes of their own, files under the run folder.
 
     Without WANDB_API_KEY or a login the run is kept offline (`wandb sync` sends it later) and no
-    network call is made; WANDB_MODE overrides this. The run id lies in the run folder, so a resumed
-    run is the same run. Raises ImportError if wandb is not installed; any other failure of wandb is
-    logged and counted in `num_errors`, and the training goes on.
+    network call is made; WANDB_MODE overrides this. The run id lies in the run folder and in each
+    checkpoint, so a resumed run is the same run. Raises ImportError if wandb is not installed; any
+    other failure of wandb is logged and counted in `num_errors`, and the training goes on.
     """
 
     def __init__(
@@ -168,7 +170,7 @@ class WandbSink:
                 project=project,
                 name=name,
                 group=group,
-                id=_run_id(folder),
+                id=kept_run_id(folder) or _new_run_id(folder),
                 resume=None if mode == "offline" else "allow",
                 mode=mode,
                 config=dict(config or {}),
@@ -218,15 +220,20 @@ def wandb_axis(prefix: str) -> str:
     return f"{prefix if prefix in ('train', 'eval') else 'rollout'}/step"
 
 
-def _run_id(folder: Path) -> str:
-    """The W&B id of the run in this folder, made up once."""
-    path = folder / "wandb_run_id"
-    kept = path.read_text().strip() if path.exists() else ""
-    if not kept:
-        kept = uuid.uuid4().hex[:8]
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(kept + "\n")
-    return kept
+def kept_run_id(folder: Path) -> str:
+    """The W&B id of the run in this folder; "" if it has none."""
+    path = folder / RUN_ID
+    return path.read_text().strip() if path.exists() else ""
+
+
+def keep_run_id(folder: Path, run_id: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_ID).write_text(run_id + "\n")
+
+
+def _new_run_id(folder: Path) -> str:
+    keep_run_id(folder, uuid.uuid4().hex[:8])
+    return kept_run_id(folder)
 
 
 def has_wandb_login() -> bool:

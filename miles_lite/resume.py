@@ -6,46 +6,79 @@ import dataclasses
 import itertools
 import logging
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.build import Parts
 from miles_lite.checkpoints import Checkpoint, CheckpointError
 from miles_lite.claim import refuse_changes
+from miles_lite.metrics import RUN_ID
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run
-from miles_lite.types import NO_ROUTING, Batch, TrainSequence
+from miles_lite.types import TrainSequence
 
 logger = logging.getLogger(__name__)
 
-PROBES = 4  # sequences a DP rank, scored again after loading
-SURPRISE = 10.0  # times the drift of the engines: what scoring them again may differ by
+Answer = tuple[tuple[int, ...], int]  # tokens with the prompt, and its length
+
+PROBE = "probe.npz"  # of a checkpoint: the answers of its last step, and their log-probs
+SURPRISE = 10.0  # times the drift of the engines: what scoring them again may differ by, on average
+OUTLIER = 10.0  # times that: what one of them may, a short one being mostly noise
 ROUNDING = 1e-5  # nats; and this much is always forgiven
 DRIFT = "train/train_rollout_logprob_abs_diff"
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Answers end to end. Of a large run these are many millions of numbers: no JSON."""
+
+    tokens: np.ndarray  # [T] of all sequences
+    lengths: np.ndarray  # [sequence]
+    prompt_lengths: np.ndarray  # [sequence]
+    scores: np.ndarray  # [response tokens of all] log-probs, fp32 as the trainer computes them
+
+    def gaps(self, scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+        """Nats a token between these and the probe's: on average, and of the worst answer."""
+        again = np.concatenate([np.asarray(each, np.float32) for each in scores])
+        apart = np.abs(again - self.scores)
+        each = np.split(apart, np.cumsum(self.lengths - self.prompt_lengths)[:-1])
+        return float(apart.mean()), max(float(one.mean()) for one in each if one.size)
+
+
 def save(
-    step: int, run: Run, parts: Parts, watch: SignalWatch, batch: Batch, metrics: Metrics
+    step: int,
+    run: Run,
+    parts: Parts,
+    watch: SignalWatch,
+    sequences: Sequence[TrainSequence],
+    metrics: Metrics,
 ) -> None:
-    """Begin the checkpoint after `step` steps, and complete it unless that may wait."""
-    parts.trainer.save(run.checkpoints.begin(step), run.saves_meanwhile)
-    # the trainer's own routing is as good for comparing it with itself, and nothing to keep
-    probe = [
-        dataclasses.replace(sequence, routing=NO_ROUTING)
-        for sequence in batch.sequences[: PROBES * parts.trainer.dp]
-    ]
+    """Begin the checkpoint after `step` steps, and complete it unless that may wait. `sequences`:
+    all of the last step."""
+    folder = run.checkpoints.begin(step)
+    parts.trainer.save(folder, run.saves_meanwhile)
+    answers = [(s.tokens, s.prompt_len) for s in sequences]
+    found = scores(answers, parts.trainer, parts.packing)
+    np.savez(
+        folder / PROBE,
+        tokens=np.concatenate([np.asarray(s.tokens, np.int32) for s in sequences]),
+        lengths=np.asarray([len(s.tokens) for s in sequences]),
+        prompt_lengths=np.asarray([s.prompt_len for s in sequences]),
+        scores=np.concatenate([np.asarray(each, np.float32) for each in found]),
+    )
     state = {
         "config": run.config,
         "layout": dict(parts.trainer.layout),
         "prompts": parts.prompts.state(),
         "num_dead": watch.num_dead,
         "metrics_bytes": run.metrics_bytes,
+        RUN_ID: run.wandb_run_id,
         "drift": max(metrics[DRIFT], metrics.get(f"{DRIFT}_no_replay", 0.0)),
-        "probe": [_plain(sequence) for sequence in probe],
-        "scores": scores(probe, parts.trainer, parts.packing),
     }
     run.saving = step, state
     if not run.saves_meanwhile:
@@ -85,52 +118,49 @@ def restore(run: Run, parts: Parts, watch: SignalWatch) -> None:
 
 
 def scores(
-    probe: Sequence[TrainSequence], trainer: Trainer, packing: PackSettings
-) -> list[list[float]]:
-    """Log-probs of each sequence's response under the trainer's weights."""
+    answers: Sequence[Answer], trainer: Trainer, packing: PackSettings
+) -> list[Sequence[float]]:
+    """Log-probs of each response under the trainer's weights: one pass without gradients."""
+    # some twice, so that there are as many for each DP rank, however many there are now
+    missing = -len(answers) % trainer.dp
+    padded = [*answers, *itertools.islice(itertools.cycle(answers), missing)]
+    # the trainer's own routing is as good for comparing it with itself, and nothing to keep
     numbered = [
-        dataclasses.replace(sequence, sample=index, counts=True)
-        for index, sequence in enumerate(probe)
+        TrainSequence(
+            *(tokens, prompt_len, (0.0,) * (len(tokens) - prompt_len)),
+            *(index, index),
+            reward=0.0,
+            advantage=0.0,
+            counts=True,
+        )
+        for index, (tokens, prompt_len) in enumerate(padded)
     ]
-    settings = dataclasses.replace(packing, global_batch=len(probe), train_zero_advantage=True)
+    settings = dataclasses.replace(packing, global_batch=len(padded), train_zero_advantage=True)
     found = trainer.score(pack(numbered, settings))
-    return [list(found[index]) for index in range(len(probe))]
+    return [found[index] for index in range(len(answers))]
 
 
 def _check_scores(found: Checkpoint, parts: Parts) -> None:
-    state = found.state
-    probe = [_sequence(values) for values in state["probe"]]
-    # some twice, so that there are as many for each DP rank, however many there are now
-    padded = [*probe, *itertools.islice(itertools.cycle(probe), -len(probe) % parts.trainer.dp)]
-    again = scores(padded, parts.trainer, parts.packing)[: len(probe)]
-    pairs = zip(state["scores"], again, strict=True)
-    gaps = [abs(a - b) for before, after in pairs for a, b in zip(before, after, strict=True)]
-    gap = statistics.fmean(gaps)
-    if math.isnan(state["drift"]):  # of a step in which nothing was trained on
-        logger.warning(
-            "scored %d answers again: %.2g nats a token apart, and no drift to hold it against",
-            len(probe),
-            gap,
-        )
+    with np.load(found.folder / PROBE) as arrays:
+        probe = Probe(**arrays)
+    tokens = np.split(probe.tokens, np.cumsum(probe.lengths)[:-1])
+    prompt_lengths = probe.prompt_lengths.tolist()
+    answers = [(tuple(t.tolist()), n) for t, n in zip(tokens, prompt_lengths, strict=True)]
+    begin = time.perf_counter()
+    gap, worst = probe.gaps(scores(answers, parts.trainer, parts.packing))
+    told = f"scored the {len(answers)} answers of step {found.step - 1} again in "
+    told += f"{time.perf_counter() - begin:.1f} s: {gap:.2g} nats a token apart"
+    drift = found.state["drift"]
+    if math.isnan(drift):  # of a step in which nothing was trained on
+        logger.warning("%s, and no drift to hold it against", told)
         return
-    limit = max(ROUNDING, SURPRISE * state["drift"])
-    if not gap <= limit:  # also NaN
+    limit = max(ROUNDING, SURPRISE * drift)
+    if not (gap <= limit and worst <= OUTLIER * limit):  # also NaN
         raise CheckpointError(
             f"{found.folder}: the weights loaded give the last answers of the run log-probs that "
-            f"differ by {gap:.3g} nats a token from those before saving, more than {limit:.3g}. "
-            "The files are as they were written, so model, libraries or hardware have changed; "
-            "remove this checkpoint to go on from an older one"
+            f"differ by {gap:.3g} nats a token from those before saving, and of one answer by "
+            f"{worst:.3g}: more than {limit:.3g}, or {OUTLIER * limit:.3g} for one. The files are "
+            "as they were written, so model, libraries or hardware have changed; remove this "
+            "checkpoint to go on from an older one"
         )
-    logger.info("scored %d answers again: %.2g nats a token apart", len(probe), gap)
-
-
-def _plain(sequence: TrainSequence) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(sequence).items() if k != "routing"}
-
-
-def _sequence(values: Mapping[str, Any]) -> TrainSequence:
-    """From JSON, which knows no tuples."""
-    made: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
-    return TrainSequence(**made)
+    logger.info(told)

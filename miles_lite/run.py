@@ -43,7 +43,7 @@ from miles_lite import environment
 from miles_lite.checkpoints import Checkpoints
 from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
-from miles_lite.metrics import JsonlSink, Sink, WandbSink
+from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
 from miles_lite.protocols import Metrics
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample
@@ -119,6 +119,8 @@ class Run:
         _write_json(folder / "environment.json", environment.describe())
         with _writing(folder / "metrics.jsonl"):
             sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
+        if not kept_run_id(folder) and (run_id := _run_id_of_checkpoints(folder / "checkpoints")):
+            keep_run_id(folder, run_id)
         if cfg.log.wandb_project:
             project = cfg.log.wandb_project
             described = plain | {"environment": environment.describe()}
@@ -140,11 +142,17 @@ class Run:
         """Length of metrics.jsonl: what is beyond, when a run goes back to now, never happened."""
         return (self.folder / "metrics.jsonl").stat().st_size
 
+    @property
+    def wandb_run_id(self) -> str:
+        return kept_run_id(self.folder)
+
     def rewind(self, step: int, metrics_bytes: int) -> None:
         """Go on after `step` steps: drop what an earlier attempt logged beyond them."""
         self.start = step
+        if (found := self.metrics_bytes) < metrics_bytes:  # a checkpoint that came from elsewhere
+            logger.warning("%s lacks steps before %d", self.folder / "metrics.jsonl", step)
         with _writing(self.folder):
-            os.truncate(self.folder / "metrics.jsonl", metrics_bytes)
+            os.truncate(self.folder / "metrics.jsonl", min(found, metrics_bytes))
             for pattern in ("samples/step_*", "eval/*/step_*"):
                 for file in self.folder.glob(pattern):
                     if _step_of(file) >= step:
@@ -278,6 +286,15 @@ def _check(cfg: Config) -> None:
                 f"log.wandb_project = {cfg.log.wandb_project!r} but wandb is not installed: "
                 "pip install 'miles-lite[wandb]', or leave log.wandb_project empty"
             ) from None
+
+
+def _run_id_of_checkpoints(folder: Path) -> str:
+    """The W&B id that a checkpoint brought along; "" if none does. All are of one run."""
+    for state in sorted(folder.glob("step_*/state.json"), reverse=True):
+        with suppress(OSError, ValueError, AttributeError):  # damaged ones are told of on loading
+            if run_id := json.loads(state.read_bytes()).get(RUN_ID):
+                return str(run_id)
+    return ""
 
 
 def _step_of(file: Path) -> int:

@@ -74,7 +74,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         resume.complete(run, parts)  # what an earlier step began
         if run.checkpoint_due(step + 1) or stop.asked or step + 1 == cfg.train.num_steps:
             console.phase("save")
-            resume.save(step + 1, run, parts, watch, batch, metrics)
+            resume.save(step + 1, run, parts, watch, sequences, metrics)
         if stop.asked:
             resume.complete(run, parts)
             stop.heed()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from miles_lite.checkpoints import CheckpointError, Checkpoints
-from miles_lite.weights.checksum import file_digest
+from miles_lite.intact import file_digest
 
 
 def digests(folder: Path, files: Sequence[str]) -> Mapping[str, str]:
@@ -94,6 +94,18 @@ def test_a_damaged_one_is_skipped_and_named(
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{folder} is skipped: ")
     assert re.search(reason, record.getMessage())
+
+
+def test_one_of_other_hashes_is_skipped_and_says_so(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(checkpoints, 2) / "manifest.json"
+    write(checkpoints, 1)
+    manifest = json.loads(path.read_text())
+    del manifest["hash"]  # as the first version wrote it, with BLAKE2
+    path.write_text(json.dumps(manifest))
+    assert steps(checkpoints) == [1]
+    assert "its hashes are not xxh3_128: another version wrote it" in caplog.text
 
 
 def test_an_unfinished_one_is_never_seen_and_removed(

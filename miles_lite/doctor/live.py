@@ -173,9 +173,10 @@ class Trial:
         if num_passes == len(self._sequences):
             reason = f"each of {num_passes} sequences fills a pass of {packing.max_tokens} tokens"
             return skipped(name, reason)
-        together = resume.scores(self._sequences, trainer, packing)
-        rest = iter(self._sequences)
-        apart: list[list[float]] = []
+        answers = [(s.tokens, s.prompt_len) for s in self._sequences]
+        together = resume.scores(answers, trainer, packing)
+        rest = iter(answers)
+        apart: list[Sequence[float]] = []
         while some := list(islice(rest, trainer.dp)):  # one on every rank
             apart += resume.scores(some, trainer, packing)
         gaps = [

@@ -1,9 +1,6 @@
-"""Checksums of tensor contents, the same on every device and in every process, and of files."""
+"""Checksums of tensor contents, the same on every device and in every process."""
 
 from __future__ import annotations
-
-import hashlib
-from pathlib import Path
 
 import torch
 
@@ -25,12 +22,3 @@ def checksum(tensor: torch.Tensor) -> int:
         place = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=bits.device)
         total += (chunk * ((place * _ODD) | 1)).sum()
     return int(total)
-
-
-def file_digest(path: Path) -> str:
-    """Of a file's contents; "" if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-    except OSError:
-        return ""

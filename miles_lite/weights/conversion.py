@@ -10,13 +10,14 @@ import resource
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 import torch
 
+from miles_lite.intact import HASH, OTHER_HASH, digest, to_disk
 from miles_lite.models.nemotron_h import NemotronH, spell_pattern
 from miles_lite.weights.hf_files import INDEX, HfFiles
 from miles_lite.weights.table import hf_tensors, mtp_tensors
@@ -46,11 +47,12 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one unit."""
+    """What became of one unit, or of one tensor."""
 
     file: str
     num_bytes: int
     peak_rss: int  # bytes, of the process that did it
+    told: Mapping[str, Any] = field(default_factory=dict)  # what is to be noted
 
 
 def check_tensors(files: HfFiles, model: NemotronH) -> None:
@@ -172,7 +174,7 @@ def fingerprint_hf(files: HfFiles) -> str:
 
 def content_hash(tensor: torch.Tensor) -> str:
     """Of the bytes of a contiguous tensor."""
-    return hashlib.sha256(raw_bytes(tensor)).hexdigest()  # the fastest where the CPU knows it
+    return digest(raw_bytes(tensor))
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -181,14 +183,28 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name only once it is complete; nothing is left of a failed one."""
-    part = path.with_name(f".{path.name}.part")
+    """A file that `settle` is to give its name; nothing is left of a failed one."""
+    part = _part(path)
     try:
         with part.open("wb") as out:
             yield out
-        part.replace(path)
-    finally:
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+
+
+def settle(out: Path, unit: Unit, report: Report) -> None:
+    """Have a file that was written on disk, then give it its name, then note it. Apart from the
+    writing, so that the writer need not wait for the disk."""
+    part, path = _part(out / unit.file), out / unit.file
+    to_disk(part)
+    part.replace(path)
+    to_disk(path.parent)
+    note(out, unit, report.told)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def claim(out: Path, purpose: Mapping[str, Any]) -> None:
@@ -223,10 +239,16 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         manifest: Any = json.loads(path.read_text()) if path.is_file() else {}
         if "tensors" not in manifest:
             return {"tensors": {}, "files": {}}
+        kind = manifest.get("hash")
         tensors = {name: dict(hashes) for name, hashes in manifest["tensors"].items()}
-        return {"tensors": tensors, "files": dict(manifest["files"])}
+        files = dict(manifest["files"])
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r})") from None
+    if kind != HASH:
+        raise ValueError(
+            f"{path}: {OTHER_HASH}; convert again, or remove it to go on with nothing to check by"
+        )
+    return {"tensors": tensors, "files": files}
 
 
 def check_hash(
@@ -242,13 +264,18 @@ def check_hash(
 
 def write_manifest(out: Path, units: Sequence[Unit], files: Mapping[str, str]) -> None:
     hashes = {name: value for unit in units for name, value in noted(out, unit)["hashes"].items()}
-    replace_text(out / MANIFEST, json.dumps({"tensors": hashes, "files": files}, indent=1))
+    replace_text(
+        out / MANIFEST, json.dumps({"hash": HASH, "tensors": hashes, "files": files}, indent=1)
+    )
 
 
 def replace_text(path: Path, text: str) -> None:
+    """On disk when this returns."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
     part.write_text(text)
+    to_disk(part)
     part.replace(path)
+    to_disk(path.parent)
 
 
 def peak_rss() -> int:

@@ -1,6 +1,6 @@
 """HF checkpoints to Megatron torch_dist and back, file by file, by many processes and hosts.
 
-A unit is one output file: it is written beside its name, renamed, and only then noted in
+A unit is one output file: it is written beside its name, fsynced, renamed, and only then noted in
 OUT/.progress/, so a rank that is killed loses the file it was at. No process holds more than a
 tensor; no model is made.
 
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from miles_lite.intact import HASH, file_digest, tree_to_disk
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.conversion import (
     MANIFEST,
     MAX_UNIT,
@@ -44,7 +44,6 @@ from miles_lite.weights.conversion import (
     fingerprint,
     fingerprint_hf,
     iteration_folder,
-    note,
     noted,
     peak_rss,
     raw_bytes,
@@ -67,12 +66,19 @@ from miles_lite.weights.torch_dist import (
 )
 
 Opened = tuple[NemotronH, HfFiles, dict[str, dict[str, Any]]]  # with the manifest, if it has one
+Group = tuple[tuple[str, ...], tuple[Piece, ...]]  # HF tensors, and the chunks made of them
 
 
 @functools.cache
 def _opened(hf: Path) -> Opened:
     """Once a process: a large model has tens of thousands of tensors."""
     return NemotronH.from_folder(hf), HfFiles(hf), read_manifest(hf)
+
+
+@functools.cache
+def _groups(hf: Path) -> dict[str, Group]:
+    """By the first tensor."""
+    return {group[0][0]: group for group in pieces(_opened(hf)[0])}
 
 
 # ------------------------------------------------------------------ HF to torch_dist
@@ -99,7 +105,7 @@ class ToDist:
             for name, stored in files.tensors.items()
         }
         total = sum(sizes.values())
-        purpose = {"hf": str(self.hf.resolve()), "dtype": str(self.dtype)}
+        purpose = {"hf": str(self.hf.resolve()), "dtype": str(self.dtype), "hash": HASH}
         claim(self.out, purpose | {"source": fingerprint_hf(files)})
         (self.out / RELEASE).mkdir(exist_ok=True)
         limit = min(MAX_UNIT, max(MIN_UNIT, total // 256))
@@ -117,10 +123,11 @@ class ToDist:
         return units, max(*sizes.values(), *(one.num_bytes for one in files.tensors.values()))
 
     def convert(self, unit: Unit) -> Report:
-        """Write one file."""
+        """Write one file, which is then to be settled."""
         model, files, manifest = _opened(self.hf)
         kept = self._kept(model)
-        groups = [group for group in pieces(model) if set(group[0]) <= set(unit.tensors)]
+        by_first = _groups(self.hf)
+        groups = [by_first[name] for name in unit.tensors if name in by_first]
         written: list[Written] = []
         hashes: dict[str, dict[str, str]] = {}
         with appearing(self.out / unit.file) as out:
@@ -138,8 +145,7 @@ class ToDist:
                     written.append(write_chunk(out, piece, tensor, Path(unit.file).name))
                     del tensor
         told = {"written": [asdict(one) for one in written], "hashes": hashes}
-        note(self.out, unit, told)
-        return Report(unit.file, unit.num_bytes, peak_rss())
+        return Report(unit.file, unit.num_bytes, peak_rss(), told)
 
     @staticmethod
     def _kept(model: NemotronH) -> set[str]:
@@ -176,6 +182,8 @@ class ToDist:
         (folder / "metadata.json").write_text(json.dumps(backends | versions))
         copy_extras(self.hf, self.out / "hf")
         small = (extra, "common.pt", METADATA, "metadata.json")
+        tree_to_disk(folder)
+        tree_to_disk(self.out / "hf")
         write_manifest(self.out, units, {name: file_digest(folder / name) for name in small})
         replace_text(self.out / TRACKER, RELEASE + "\n")
 
@@ -198,6 +206,7 @@ class ToHf:
         folder = iteration_folder(self.dist)
         DistSource(folder, model)
         purpose = {"dist": str(self.dist.resolve()), "hf": str(self.template.resolve())}
+        purpose |= {"hash": HASH}  # one manifest has one kind
         dist_files = [path for path in folder.iterdir() if path.is_file()]
         source = {"source": fingerprint(dist_files), "template": fingerprint_hf(files)}
         claim(self.out, purpose | source)
@@ -211,7 +220,7 @@ class ToHf:
         return units, max(stored.num_bytes for stored in files.tensors.values())
 
     def convert(self, unit: Unit) -> Report:
-        """Write one file."""
+        """Write one file, which is then to be settled."""
         source, (_, files, _) = _source(self.dist, self.template), _opened(self.template)
         stored = read_header(self.template / unit.file)
         begin = min((one.begin for one in stored.values()), default=0)
@@ -235,13 +244,13 @@ class ToHf:
                         hashes[name] = {"hf": content_hash(tensor)}
                     out.write(raw_bytes(tensor))
                     del tensor
-        note(self.out, unit, {"hashes": hashes})
-        return Report(unit.file, unit.num_bytes, peak_rss())
+        return Report(unit.file, unit.num_bytes, peak_rss(), {"hashes": hashes})
 
     def finish(self, units: Sequence[Unit]) -> None:
         copy_extras(self.template, self.out)
         if (self.template / INDEX).is_file():
             shutil.copyfile(self.template / INDEX, self.out / INDEX)
+        tree_to_disk(self.out)
         write_manifest(self.out, units, {})
 
 

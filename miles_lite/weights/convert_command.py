@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from miles_lite.checkpoints import read_checkpoint
 from miles_lite.cluster.rendezvous import open_store
+from miles_lite.intact import file_digest
 from miles_lite.orphan import die_with
-from miles_lite.weights.checksum import file_digest
 from miles_lite.weights.conversion import (
     PROGRESS,
     Report,
@@ -27,6 +27,7 @@ from miles_lite.weights.conversion import (
     done,
     intact,
     peak_rss,
+    settle,
     share,
 )
 from miles_lite.weights.convert import ToDist, ToHf, verify
@@ -195,28 +196,42 @@ def _meet(host: str, rank: int, num_ranks: int, timeout_s: float) -> None:
 
 def _work(job: ToDist | ToHf, units: Sequence[Unit], workers: int) -> list[Report]:
     reports: list[Report] = []
-    # a worker must not outlive a rank that is killed: the rank that comes back would write the
-    # same files
+    settled: list[Future[None]] = []
+    # torch alone takes seconds to import, so workers are forked: on the first submit, when no other
+    # thread runs yet
+    fork = multiprocessing.get_context("fork")
+    size = max(1, min(workers, len(units)))
     with (
-        _progress() as progress,
-        ProcessPoolExecutor(
-            max(1, min(workers, len(units))),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=die_with,
-            initargs=(os.getpid(),),
-        ) as pool,
+        ThreadPoolExecutor(size) as disk,
+        ProcessPoolExecutor(size, fork, _become_worker, (os.getpid(),)) as pool,
     ):
-        meter = Meter(progress, job.out.name, sum(unit.num_bytes for unit in units))
-        futures = [pool.submit(job.convert, unit) for unit in units]
-        try:
-            for future in as_completed(futures):
-                reports.append(future.result())
-                meter.add(reports[-1].num_bytes)
-        except BrokenProcessPool as error:
-            raise OSError(errno.ECHILD, "a worker died (killed, or out of memory)") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        futures = {pool.submit(job.convert, unit): unit for unit in units}
+
+        def settle_it(future: Future[Report]) -> None:  # also after another one has failed
+            if not future.cancelled() and future.exception() is None:
+                settled.append(disk.submit(settle, job.out, futures[future], future.result()))
+
+        for future in futures:
+            future.add_done_callback(settle_it)
+        with _progress() as progress:
+            meter = Meter(progress, job.out.name, sum(unit.num_bytes for unit in units))
+            try:
+                for future in as_completed(futures):
+                    reports.append(future.result())
+                    meter.add(reports[-1].num_bytes)
+            except BrokenProcessPool as error:
+                raise OSError(errno.ECHILD, "a worker died (killed, or out of memory)") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+    for one in settled:
+        one.result()
     return reports
+
+
+def _become_worker(parent: int) -> None:
+    # it must not outlive a rank that is killed: the rank that comes back would write the same files
+    die_with(parent)
+    torch.set_num_threads(1)  # others do not survive a fork, and each core has its worker
 
 
 def _wait_for_others(out: Path, units: Sequence[Unit], num_ranks: int, timeout_s: float) -> None:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.weights.table import Row, mtp_tensors, rows
@@ -240,26 +241,27 @@ class DistCheckpoint:
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                file.seek(place.offset)
-                raw = file.read(place.length)
-                size = file.seek(0, io.SEEK_END)
+                if (size := file.seek(0, io.SEEK_END)) < place.offset + place.length:
+                    raise ValueError(
+                        f"{path} is truncated at offset {size:,}: key {key!r} ends at "
+                        f"{place.offset + place.length:,}"
+                    )
+                tensor = _loaded(file, place, f"{path}: the chunk of key {key!r}")
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-        if len(raw) < place.length:
-            raise ValueError(
-                f"{path} is truncated at offset {size:,}: key {key!r} ends at "
-                f"{place.offset + place.length:,}"
-            )
-        try:
-            tensor = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a broken archive raises
-            raise ValueError(
-                f"{path}: the chunk of key {key!r} at offset {place.offset:,} is corrupt ({error})"
-            ) from None
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
             raise ValueError(f"{path}: key {key!r} at offset {place.offset:,} is not of {shape}")
         self._last = (place, tensor)
         return tensor
+
+
+def _loaded(file: IO[bytes], place: _StorageInfo, what: str) -> Any:
+    """Straight from the file into the memory of the tensor."""
+    window: Any = _create_file_view(cast(io.IOBase, file), place.offset, place.length)
+    try:
+        return torch.load(window, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken archive raises
+        raise ValueError(f"{what} at offset {place.offset:,} is corrupt ({error})") from None
 
 
 def _index(metadata: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:

@@ -10,7 +10,7 @@ import torch
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import ParallelDims
-from miles_lite.weights.conversion import RELEASE
+from miles_lite.weights.conversion import RELEASE, settle
 from miles_lite.weights.convert import ToDist
 from miles_lite.weights.torch_dist import extra_states, pieces
 from tests.trainer.conftest import Tiny
@@ -22,7 +22,7 @@ def converted(folder: Path, out: Path) -> Path:
     job = ToDist(folder, out, None)
     units, _ = job.prepare()
     for unit in units:
-        job.convert(unit)
+        settle(out, unit, job.convert(unit))
     job.finish(units)
     return out / RELEASE
 

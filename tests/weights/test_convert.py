@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, share
+from miles_lite import cli
+from miles_lite.weights.conversion import TRACKER, Unit, check_resources, done, settle, share
 from miles_lite.weights.convert import ToDist, ToHf, verify
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.hf_files import INDEX
@@ -51,7 +52,7 @@ def copy(sharded: Path, tmp_path: Path) -> Path:
 def do(job: ToDist | ToHf) -> None:
     units, _ = job.prepare()
     for unit in units:
-        job.convert(unit)
+        settle(job.out, unit, job.convert(unit))
     job.finish(units)
 
 
@@ -97,6 +98,40 @@ def test_a_dtype_is_for_all_but_what_stays_fp32(sharded: Path, tmp_path: Path) -
         assert dist.read(key.format(name), (0,) * len(shape), shape).dtype is dtype
     router = "decoder.layers.1.mlp.router.expert_bias"
     assert dist.read(router, (0,), dist.shapes[router]).dtype is torch.float32
+
+
+@pytest.mark.parametrize("direction", ["dist", "hf"])
+def test_all_is_on_disk_before_what_says_so(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    """Each file before it has its name, and all of them before there are a manifest and a
+    tracker."""
+    job: ToDist | ToHf = ToDist(sharded, tmp_path / "dist", None)
+    if direction == "hf":
+        do(job)
+        job = ToHf(tmp_path / "dist", sharded, tmp_path / "back")
+    synced: dict[int, int] = {}  # inode -> bytes that are on disk
+    names: set[Path] = set()  # of what has appeared
+    fsync, replace = os.fsync, Path.replace
+
+    def record(handle: int) -> None:
+        fsync(handle)
+        stat = os.fstat(handle)
+        synced[stat.st_ino] = stat.st_size
+
+    def checked(part: Path, path: Path) -> Path:
+        assert synced.get(part.stat().st_ino) == part.stat().st_size, path
+        if path.name in ("manifest.json", TRACKER):
+            for file in job.out.rglob("[!.]*"):
+                if file.is_file() and file.parent.name != ".progress":
+                    assert synced.get(file.stat().st_ino) == file.stat().st_size, file
+        names.add(path)
+        return replace(part, path)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "replace", checked)
+    do(job)
+    assert job.out / job.last in names
 
 
 NAMES = ("mamba", "moe", "attention")  # which SGLang 0.5 knows, and transformers too
@@ -336,6 +371,15 @@ def test_too_little_room_is_refused_with_figures(
         check_resources(tmp_path, 10, 10**9, 500)
 
 
+def test_a_command_that_does_not_fit_writes_nothing(
+    sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--hf", str(sharded), "--out", str(tmp_path / "out"), "--workers", "10000"]
+    assert cli.run(["convert", "hf-to-dist", *words]) == 2
+    assert "10000 workers need up to 1.1 GB each, " in capsys.readouterr().err
+    assert not [path for path in tmp_path.glob("out/**/*") if path.suffix == ".distcp"]
+
+
 def test_verify_finds_a_flipped_bit(sharded: Path, tmp_path: Path) -> None:
     dist = to_dist(sharded, tmp_path / "dist")
     file = max((dist / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -377,6 +421,19 @@ def test_a_manifest_that_changed_is_named(sharded: Path, tmp_path: Path) -> None
         (dist / "manifest.json").write_text(broken)
         with pytest.raises(ValueError, match=r"manifest\.json (cannot be read|says)"):
             list(verify(sharded, dist))
+
+
+def test_a_manifest_of_other_hashes_is_refused(sharded: Path, tmp_path: Path) -> None:
+    path = to_dist(sharded, tmp_path / "dist") / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["hash"]  # as the first version wrote it, with SHA-256
+    path.write_text(json.dumps(manifest))
+    told = "hashes are not xxh3_128: another version wrote it; convert again, or remove it"
+    with pytest.raises(ValueError, match=told):
+        ToHf(path.parent, sharded, tmp_path / "back").prepare()
+    path.unlink()
+    do(ToHf(path.parent, sharded, tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(sharded)
 
 
 def test_a_source_with_a_manifest_is_checked_against_it(sharded: Path, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
     python tools/make_model.py /tmp/model && python tools/bench/convert.py /tmp/model [--rounds 3]
 
-Writes beside the model. Each turn starts with everything written to disk; the source stays in the
-page cache if it fits. Prints medians, and their ratio to cp.
+Writes beside the model. Each turn starts and ends with everything written to disk, as the converter
+does and `cp` does not of itself: `sync` is part of each time. The source stays in the page cache if
+it fits. Prints medians, and their ratio to cp.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
             os.sync()
             begin = time.perf_counter()
             done = subprocess.run(command, check=True, capture_output=True, text=True)
+            os.sync()
             times[name].append(time.perf_counter() - begin)
             if found := re.search(r"worker ([\d.]+) GB", done.stdout):
                 peaks[name] = max(peaks.get(name, 0.0), float(found[1]))

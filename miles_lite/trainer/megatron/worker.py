@@ -12,13 +12,14 @@ import torch
 
 from miles_lite import log
 from miles_lite.cluster.rendezvous import open_store
+from miles_lite.intact import file_digest
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.orphan import bind_forks
 from miles_lite.protocols import Hosted, Phase
 from miles_lite.trainer.megatron import setup
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import MicroBatch
-from miles_lite.weights.checksum import checksum, file_digest
+from miles_lite.weights.checksum import checksum
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.sender import Itinerary, Sender, SyncReport
 from miles_lite.weights.table import iter_segments, trainer_layout
