@@ -5,6 +5,7 @@ Environment variables are not recorded: they carry keys. Nothing here imports wh
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import psutil
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+CODE = ("miles_lite", "configs", "rewards")  # folders of the project that a run reads
 PACKAGES = (
     "miles-lite torch megatron-core ray transformers safetensors numpy hydra-core omegaconf sympy "
     "transformer-engine mamba-ssm causal-conv1d sglang triton wandb"
@@ -52,6 +54,20 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def code_digests(project: Path) -> dict[str, str]:
+    """Of every file that a process of a run may read of the project."""
+    files = [
+        path
+        for folder in CODE
+        for path in (project / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
+    return {
+        str(path.relative_to(project)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for path in sorted(files)
+    }
 
 
 def gpu_names() -> list[str]:

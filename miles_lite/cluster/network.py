@@ -1,8 +1,9 @@
-"""Which addresses this host has, and on which interfaces."""
+"""Addresses, interfaces and ports of this host."""
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import psutil
 
@@ -28,3 +29,28 @@ def interface_env(host: str) -> dict[str, str]:
     is its own, NCCL take the first interface it finds."""
     name = interface_of(host)
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+
+
+def ephemeral_range() -> tuple[int, int]:
+    """Ports that the system gives to nobody in particular."""
+    path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    low, high = path.read_text().split() if path.is_file() else ("32768", "60999")
+    return int(low), int(high)
+
+
+def listening(first: int, last: int) -> dict[int, str]:
+    """Who listens on which of these TCP ports."""
+    return {
+        entry.laddr.port: _process(entry.pid)
+        for entry in psutil.net_connections("tcp")
+        if entry.laddr and entry.status == psutil.CONN_LISTEN and first <= entry.laddr.port <= last
+    }
+
+
+def _process(pid: int | None) -> str:
+    if pid is None:
+        return "a process of another user"
+    try:
+        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
+    except psutil.Error:
+        return f"process {pid}"

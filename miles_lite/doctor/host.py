@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from miles_lite.environment import PROJECT, output
+from miles_lite.cluster.network import ephemeral_range, listening
+from miles_lite.environment import PROJECT, code_digests, output
 
 SHM = Path("/dev/shm")
 RAY_FOLDER = Path("/tmp")  # where Ray keeps sessions and what its store spills
@@ -36,7 +37,7 @@ class Host:
     python: str
     requirements: tuple[str, ...]  # of the package's own metadata; () if it is not installed
     packages: Mapping[str, str]  # versions of those that are there
-    code: str  # digest of the project's files
+    code: Mapping[str, str]  # digest by file of the project
     gpus: tuple[Gpu, ...] | None  # None: there is no nvidia-smi
     torch_cuda: str  # CUDA version that torch was built for; "" for none
     links: Mapping[tuple[int, int], str]  # between two GPUs, as nvidia-smi names them
@@ -66,11 +67,13 @@ def measure(rooms: Sequence[str], shared: Sequence[str], ports: tuple[int, int] 
     shm = shutil.disk_usage(SHM) if SHM.is_dir() else None
     tmp = shutil.disk_usage(_existing(RAY_FOLDER))
     gpus = _gpus()
+    first, last = ephemeral_range()
+    used = {entry.laddr.port for entry in psutil.net_connections("inet") if entry.laddr}
     return Host(
         python=platform.python_version(),
         requirements=requirements,
         packages={name: found for name in names if (found := _version(name))},
-        code=code_digest(PROJECT),
+        code=code_digests(PROJECT),
         gpus=gpus,
         torch_cuda=torch.version.cuda or "",
         links=parse_topology(output("nvidia-smi", "topo", "-m") or "") if gpus else {},
@@ -85,8 +88,8 @@ def measure(rooms: Sequence[str], shared: Sequence[str], ports: tuple[int, int] 
         },
         free={room: shutil.disk_usage(_existing(Path(room))).free for room in rooms},
         ray_folder_used=1 - tmp.free / tmp.total,
-        listening=_listening(ports) if ports else {},
-        ephemeral=_ephemeral(),
+        listening=listening(*ports) if ports else {},
+        ephemeral=(first, last, sum(first <= port <= last for port in used)),
         clock_synced=_clock_synced(),
         shared={folder: _listing(Path(folder)) for folder in shared},
     )
@@ -107,16 +110,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def code_digest(project: Path) -> str:
-    """Of all that the processes of a run read of the project."""
-    total = hashlib.blake2b(digest_size=8)
-    for folder in ("miles_lite", "configs", "rewards"):
-        for path in sorted((project / folder).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                total.update(str(path.relative_to(project)).encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()
 
 
 # ------------------------------------------------------------------ devices and links
@@ -185,29 +178,6 @@ def _existing(folder: Path) -> Path:
     """It, or the nearest folder above it that is there."""
     absolute = folder.absolute()
     return next(place for place in (absolute, *absolute.parents) if place.exists())
-
-
-def _listening(ports: tuple[int, int]) -> dict[int, str]:
-    first, last = ports
-    return {
-        entry.laddr.port: _process(entry.pid)
-        for entry in psutil.net_connections("tcp")
-        if entry.laddr and entry.status == psutil.CONN_LISTEN and first <= entry.laddr.port <= last
-    }
-
-
-def _process(pid: int | None) -> str:
-    try:
-        return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another user"
-    except psutil.Error:
-        return f"process {pid}"
-
-
-def _ephemeral() -> tuple[int, int, int]:
-    words = _text(Path("/proc/sys/net/ipv4/ip_local_port_range")).split() or ["32768", "60999"]
-    first, last = map(int, words)
-    used = {entry.laddr.port for entry in psutil.net_connections("inet") if entry.laddr}
-    return first, last, sum(first <= port <= last for port in used)
 
 
 def _clock_synced() -> bool | None:

@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from miles_lite.doctor.finding import Finding, graded, ok, skipped
 from miles_lite.doctor.host import Host, measure
 from miles_lite.doctor.needs import Needs
+from miles_lite.log import few
 
 MIN_FILES, MANY_FILES = 4096, 65_536  # open files of a process, on one host and on several
 MIN_PROCESSES = 16_384  # threads count too
@@ -238,8 +239,8 @@ def _alike(name: str, values: Mapping[str, object], fix: str) -> Finding:
 def _difference(value: object, usual: object) -> str:
     if isinstance(value, Mapping) and isinstance(usual, Mapping):
         names = [k for k in {**usual, **value} if value.get(k) != usual.get(k)]
-        return ", ".join(
-            f"{k} {value.get(k, 'missing')} (others {usual.get(k, 'none')})" for k in names
+        return few(
+            [f"{k} {value.get(k, 'missing')} (others {usual.get(k, 'none')})" for k in names]
         )
     return f"{value or 'none'} (others {usual or 'none'})"
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from miles_lite.environment import PROJECT, gpu_names, package_versions
+from miles_lite.environment import PROJECT, code_digests, gpu_names, package_versions
+from miles_lite.log import few
 
-CODE = ("miles_lite", "configs", "rewards")
 MAX_SKEW_S = 5.0  # between clocks; leases of file systems and logs go by them
-SHOWN = 5  # files or packages named in one sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +50,6 @@ class Facts:
         return f"{self.host} ({self.address})"
 
 
-def code_digests(project: Path) -> dict[str, str]:
-    """Of every file that a process of a run may read of the project."""
-    files = [
-        path
-        for folder in CODE
-        for path in (project / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    ]
-    return {
-        str(path.relative_to(project)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in sorted(files)
-    }
-
-
 def differences(head: Facts, other: Facts, received: float) -> list[str]:
     """Why `other`, whose facts came at `received` by the head's clock, cannot join."""
     found = []
@@ -77,9 +60,9 @@ def differences(head: Facts, other: Facts, received: float) -> list[str]:
             f"{name} {other.packages.get(name, 'missing')} (head {head.packages.get(name, 'none')})"
             for name in packages
         ]
-        found.append(f"other package versions: {_some(told)}; install the same on all hosts")
+        found.append(f"other package versions: {few(told)}; install the same on all hosts")
     if files := _differing(head.code, other.code):
-        found.append(f"other code than the head's: {_some(files)}; bring both to one commit")
+        found.append(f"other code than the head's: {few(files)}; bring both to one commit")
     if abs(skew := other.clock - received) > MAX_SKEW_S:
         found.append(
             f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the head's, "
@@ -90,8 +73,3 @@ def differences(head: Facts, other: Facts, received: float) -> list[str]:
 
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import psutil
+from miles_lite.cluster.network import ephemeral_range, listening
 
 DEFAULT_BASE = 6379
 WORKER_PORTS = 1000  # one for each process that Ray runs on a host
@@ -56,29 +55,7 @@ class Ports:
         return [f"  {what:24}{where}" for what, where in shown]
 
 
-def ephemeral_range() -> tuple[int, int]:
-    """Ports that the system gives to nobody in particular."""
-    path = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    low, high = path.read_text().split() if path.is_file() else ("32768", "60999")
-    return int(low), int(high)
-
-
 def taken(ports: Ports) -> list[str]:
     """Who listens where we want to, a sentence each."""
-    holders = {
-        entry.laddr.port: entry.pid
-        for entry in psutil.net_connections("tcp")
-        if entry.laddr
-        and entry.status == psutil.CONN_LISTEN
-        and ports.gcs <= entry.laddr.port <= ports.last_worker
-    }
-    return [f"port {port} is taken by {_name(pid)}" for port, pid in sorted(holders.items())]
-
-
-def _name(pid: int | None) -> str:
-    if pid is None:
-        return "a process of another user"
-    try:
-        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())[:80]})"
-    except psutil.Error:
-        return f"process {pid}"
+    found = listening(ports.gcs, ports.last_worker)
+    return [f"port {port} is taken by {who}" for port, who in sorted(found.items())]

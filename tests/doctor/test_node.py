@@ -16,7 +16,6 @@ from miles_lite.doctor.host import (
     Gpu,
     Host,
     _networks,
-    code_digest,
     measure,
     parse_gpus,
     parse_topology,
@@ -33,7 +32,7 @@ HEALTHY = Host(
         'mamba-ssm>=2.2.4; extra == "gpu"',
     ),
     packages={"torch": "2.9.1", "megatron-core": "0.16.1", "mamba-ssm": "2.2.6"},
-    code="c0de",
+    code={"miles_lite/train.py": "c0de"},
     gpus=tuple(replace(H200, index=i) for i in range(8)),
     torch_cuda="12.8",
     links={(i, j): "NV18" for i in range(8) for j in range(i + 1, 8)},
@@ -164,14 +163,6 @@ def test_measure_reads_this_host(tmp_path: Path) -> None:
     assert measure([], [str(tmp_path)], None).shared != {str(tmp_path): host.shared[str(tmp_path)]}
 
 
-def test_code_digest_is_of_contents(tmp_path: Path) -> None:
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "train.yaml").write_text("a: 1")
-    before = code_digest(tmp_path)
-    (tmp_path / "configs" / "train.yaml").write_text("a: 2")
-    assert code_digest(tmp_path) != before
-
-
 def test_network_speeds_are_read_from_the_kernels_files(tmp_path: Path) -> None:
     port = tmp_path / "infiniband" / "mlx5_0" / "ports" / "1"
     for folder in (port, tmp_path / "net" / "eth0" / "device", tmp_path / "net" / "lo"):
@@ -204,14 +195,14 @@ def test_hosts_that_differ_are_named(ultra: Needs) -> None:
     assert {f.status for f in node.differences(hosts, ultra)} == {"ok"}
     hosts["10.0.0.3"] = replace(
         HEALTHY,
-        code="0ther",
+        code={"miles_lite/train.py": "0ther"},
         packages={**HEALTHY.packages, "torch": "2.8.0"},
         gpus=HEALTHY.gpus[:7],
         shared={"/models/ultra": ""},
     )
     found = {f.name: f for f in node.differences(hosts, ultra)}
     assert {f.status for f in found.values()} == {"failed"} and len(found) == 4
-    assert found["same code"].detail == "10.0.0.3 has 0ther (others c0de)"
+    assert found["same code"].detail == "10.0.0.3 has miles_lite/train.py 0ther (others c0de)"
     assert "10.0.0.3 has torch 2.8.0 (others 2.9.1)" in found["same packages"].detail
     assert "10.0.0.3 has not there" in found["same /models/ultra"].detail
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from miles_lite import cli
-from miles_lite.cluster.network import addresses, interface_env
-from miles_lite.environment import PROJECT
+from miles_lite.cluster.network import addresses, ephemeral_range, interface_env
+from miles_lite.environment import PROJECT, code_digests
 from miles_lite.launch import preflight
-from miles_lite.launch.facts import Facts, code_digests
-from miles_lite.launch.ports import Ports, ephemeral_range, taken
+from miles_lite.launch.facts import Facts
+from miles_lite.launch.ports import Ports, taken
 from miles_lite.launch.preflight import (
     LaunchError,
     head_problems,

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from miles_lite import log
+from miles_lite.cluster.network import ephemeral_range
 from miles_lite.protocols import Bucket, EngineError
 from miles_lite.rollout.layout import Param
 from miles_lite.rollout.sglang.launch import Place, launch
@@ -67,7 +68,7 @@ class SGLangRank:
         any: it takes a server a minute from here to their use."""
         found: set[int] = set()
         while len(found) < count:
-            port = random.randrange(20_000, _first_ephemeral_port())
+            port = random.randrange(20_000, ephemeral_range()[0])
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.bind(("", port))
                 found.add(port)
@@ -211,10 +212,6 @@ class SGLangRank:
         if "error" in answer:
             raise EngineError(answer["error"])
         return answer
-
-
-def _first_ephemeral_port() -> int:
-    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
 
 def _runs(process: psutil.Process) -> bool:
