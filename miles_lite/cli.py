@@ -20,6 +20,7 @@ miles-lite plan experiment=NAME [key=value ...]    memory, time and traffic of a
                                                    fits: without GPU or weights, see plan --help
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
+miles-lite report RUN [RUN2 ...] [--open]          curves, times, waste, samples: one HTML file
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
@@ -42,6 +43,7 @@ def run(words: Sequence[str]) -> int:
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
+        "report": _report,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -90,6 +92,12 @@ def _convert(words: Sequence[str]) -> None:
     from miles_lite.weights import convert_command
 
     convert_command.run(words)
+
+
+def _report(words: Sequence[str]) -> None:
+    from miles_lite.report import command
+
+    command.run(words)
 
 
 def _export(words: Sequence[str]) -> None:

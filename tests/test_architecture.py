@@ -21,8 +21,8 @@ LEVELS = (
     "checkpoints claim orphan",
     "algo data models",
     "weights cluster",
-    "trainer rollout run report console summary",
-    "planner",
+    "trainer rollout run console summary",
+    "planner report",
     "build",
     "resume",
     "train evaluate",
@@ -39,7 +39,6 @@ HEAVY = {
     "rich": (
         "console",
         "cli",
-        "report",
         "weights.convert_command",
         "planner.show",
         "planner.command",

@@ -107,7 +107,7 @@ class Step:
     def _forward_only(
         self, micro_batches: Sequence[MicroBatch], replayed: bool = False
     ) -> list[torch.Tensor]:
-        """Log-probs and entropies [2, N] of each micro-batch; empty list on ranks that have none."""
+        """Log-probs and entropies [2, N] of each micro-batch; none on ranks that have none."""
         self._ddp.eval()
         with torch.no_grad():
             outputs = self._schedule(
