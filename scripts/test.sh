@@ -43,6 +43,7 @@ if command -v shellcheck >/dev/null; then
     say "shellcheck"
     shellcheck scripts/*.sh .ci/run
 fi
+bash scripts/setup-browser.sh # Chromium, if it may be installed
 lane "not slow and not sglang"
 lane "slow and not sglang"
 bash scripts/setup-sglang-cpu.sh # a minute or two; an environment of its own

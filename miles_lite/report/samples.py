@@ -13,7 +13,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.report.runs import RunData
 from miles_lite.run import SampleRecord, read_samples
 
-READ_BYTES = 256 << 20  # of sample files, compressed, over all runs of a report
-PER_FILE = 256  # samples of a file that may travel
+READ_BYTES = 64 << 20  # of sample files, compressed, over all runs of a report
+KEPT_TOKENS = 1_500_000  # that are considered: more than fit a file of any budget
 _CHUNK = 64 << 10  # bytes of JSON between looks at the compressed size
 _TRAILER = 64  # bytes that end a gzip stream
 _MAX_PIECES = 8  # tokens that one character may take
@@ -64,8 +64,9 @@ def choose(runs: Sequence[RunData], budget: int) -> Chosen:
         pieces, note = _pieces_of(run)
         decoders.append(pieces)
         notes += [f"{run.name}: {note}"] if note else []
-    by_file: list[list[dict[str, Any]]] = []
+    by_file: list[list[tuple[_File, SampleRecord]]] = []
     num_seen = num_read = num_bytes = 0
+    room = KEPT_TOKENS
     for file in files:
         if num_bytes > READ_BYTES:
             break
@@ -73,9 +74,11 @@ def choose(runs: Sequence[RunData], budget: int) -> Chosen:
         num_read += 1
         records = list(read_samples(file.path))
         num_seen += len(records)
-        kept = _of_every_kind(records)[:PER_FILE]
-        by_file.append([_plain(file, record, decoders[file.run]) for record in kept])
-    packed, num_chosen = _pack(_in_turns(by_file), budget)
+        kept = _within(_of_every_kind(records), room // (len(files) - num_read + 1))
+        room -= sum(len(record.tokens) for record in kept)
+        by_file.append([(file, record) for record in kept])
+    plain = (_plain(file, record, decoders[file.run]) for file, record in _in_turns(by_file))
+    packed, num_chosen = _pack(plain, budget)
     return Chosen(packed, num_chosen, num_seen, len(files), num_read, notes)
 
 
@@ -124,9 +127,19 @@ def _of_every_kind(records: Sequence[SampleRecord]) -> list[SampleRecord]:
     return list(_in_turns(list(kinds.values())))
 
 
+def _within(records: Sequence[SampleRecord], num_tokens: int) -> list[SampleRecord]:
+    """The first ones that have so many tokens together; at least one."""
+    ends = accumulate(len(record.tokens) for record in records)
+    return [
+        r
+        for i, (r, end) in enumerate(zip(records, ends, strict=True))
+        if i == 0 or end <= num_tokens
+    ]
+
+
 def _pack(samples: Iterator[dict[str, Any]], budget: int) -> tuple[bytes, int]:
     """(at most `budget` bytes, how many samples are in them)."""
-    stream = zlib.compressobj(9, wbits=16 + zlib.MAX_WBITS)
+    stream = zlib.compressobj(6, wbits=16 + zlib.MAX_WBITS)
     packed, num_chosen = b"", 0
     lines = (json.dumps(sample, separators=(",", ":")).encode() + b"\n" for sample in samples)
     for chunk in _chunks(lines):

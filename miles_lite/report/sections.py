@@ -61,7 +61,7 @@ def overview(runs: Sequence[RunData]) -> Table:
         row("Code", lambda run: str(run.environment.get("git.commit", "–"))[:12]),
         row("Devices", _devices),
     ]
-    return Table("Runs", ["", *(run.name for run in runs)], rows)
+    return Table("Runs", ["What", *(run.name for run in runs)], rows)
 
 
 def _devices(run: RunData) -> str:
@@ -164,7 +164,7 @@ def step_time_table(runs: Sequence[RunData]) -> Table:
             row.append(bar(f"{seconds(parts.get(label))} ({percent(share)})", share))
         rows.append(row)
     note = "Means over the steps. Generating includes grading, which runs beside it."
-    return Table("Where the time of a step goes", ["", *means], rows, note)
+    return Table("Where the time of a step goes", ["Part", *means], rows, note)
 
 
 def _means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
