@@ -97,7 +97,12 @@ def number(value: float | None) -> str:
 def seconds(value: float | None) -> str:
     if value is None or not math.isfinite(value) or value == 0:
         return number(value) + (" s" if value is not None else "")
-    return f"{value * 1000:.3g} ms" if abs(value) < 0.1 else f"{value:,.3g} s"
+    if abs(value) < 0.1:
+        return f"{value * 1000:.3g} ms"
+    for unit, scale in (("h", 3600), ("min", 60)):
+        if abs(value) >= 2 * scale:
+            return f"{value / scale:,.1f} {unit}"
+    return f"{value:.3g} s"
 
 
 def size(value: float | None) -> str:

@@ -34,7 +34,7 @@ async function bytes(id) {
 
 // ---------------------------------------------------------------- tables
 
-const NUMBER = /^(–|-?[\d.,]+(e[+-]?\d+)?( ?(s|ms|%|×|[kMG]?B))?)$/;
+const NUMBER = /^(–|-?[\d.,]+(e[+-]?\d+)?( ?(s|ms|min|h|%|×|[kMG]?B))?)$/;
 
 function table(given, heading = true) {
   const numeric = given.columns.map((_, i) => i > 0 && given.rows.every((row) => NUMBER.test(row[i])));
@@ -109,14 +109,21 @@ function smooth(values, width) {
 
 const short = (value) => (isNumber(value) ? String(Number(value.toPrecision(4))) : String(value));
 
+/** Ticks at powers of ten, at 1, 2 and 5 of each, or where they fall: as the values spread. */
+function logAxis(values) {
+  const decades = Math.log10(values.reduce((a, b) => Math.max(a, b), 0) / values.reduce((a, b) => Math.min(a, b), Infinity));
+  return { type: "log", tickformat: ".3~g", ...(decades > 3 ? { dtick: 1 } : decades > 0.8 ? { dtick: "D2" } : { nticks: 5 }) };
+}
+
 function curve(data, series, name) {
   const known = series.metrics.map((each, i) => ({ i, steps: each.step, values: each[name] })).filter((each) => each.values);
   const said = known.map(({ i, steps, values }) => {
     const last = values.findLast((value) => value !== null);
     const broken = steps.filter((_, k) => typeof values[k] === "string");
-    const told = broken.length ? `; not finite at ${broken.length} steps, first at step ${broken[0]}` : "";
+    const told = broken.length ? `; not finite ${broken.length} times, first at step ${broken[0]}` : "";
     return `${data.runs[i].name}: last ${short(last)}${told}`;
   }).join(" · ");
+  const bounded = /ratio|percentage|frac|_time$/.test(name) && known.every(({ values }) => values.every((v) => !isNumber(v) || v >= 0));
   const isLog = data.logScale.includes(name) && known.every(({ values }) => values.every((v) => !isNumber(v) || v > 0));
   const traces = () => known.map(({ i, steps, values }) => {
     const kept = steps.map((_, k) => k).filter((k) => values[k] !== null); // evaluations are rare
@@ -129,7 +136,7 @@ function curve(data, series, name) {
   });
   const more = () => ({
     xaxis: { title: { text: "step", standoff: 4 } },
-    yaxis: isLog ? { type: "log", exponentformat: "power", dtick: null, nticks: 5 } : { nticks: 6 },
+    yaxis: isLog ? logAxis(known.flatMap(({ values }) => values.filter(isNumber))) : { nticks: 6, rangemode: bounded ? "tozero" : "normal" },
     showlegend: known.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
   });
   const [made, draw] = figure(data.words[name], said, traces, more);
@@ -340,6 +347,7 @@ function samplesView(data, samples) {
   $("filters").addEventListener("reset", () => setTimeout(filter));
   $("colours").addEventListener("change", paint);
   $("more").addEventListener("click", extend);
+  form.run.parentElement.hidden = data.runs.length < 2;
   filter();
 }
 

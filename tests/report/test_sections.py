@@ -119,7 +119,8 @@ def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [seconds(v) for v in (0.0123, 0.1, 12.345, None)] == ["12.3 ms", "0.1 s", "12.3 s", "–"]
+    told = [seconds(value) for value in (0.0123, 0.1, 12.345, 2250, 9000, None)]
+    assert told == ["12.3 ms", "0.1 s", "12.3 s", "37.5 min", "2.5 h", "–"]
     assert [size(v) for v in (5, 2.5e6, 141e9)] == ["5 B", "2.5 MB", "141 GB"]
     assert [percent(v) for v in (0.00123, 0.25, None)] == ["0.12 %", "25 %", "–"]
     assert words("plan/perf/step_time") == "Measured over planned: Seconds a step"
