@@ -22,6 +22,7 @@ from miles_lite.report.runs import RunData
 from miles_lite.run import SampleRecord, read_samples
 
 READ_BYTES = 64 << 20  # of sample files, compressed, over all runs of a report
+FILE_TOKENS = 400_000  # of one file, which are some 4 MB of it
 KEPT_TOKENS = 1_500_000  # that are considered: more than fit a file of any budget
 _CHUNK = 64 << 10  # bytes of JSON between looks at the compressed size
 _TRAILER = 64  # bytes that end a gzip stream
@@ -35,14 +36,16 @@ class Chosen:
     num_seen: int  # in the files that were read
     num_files: int
     num_files_read: int
+    all_read: bool  # no file was left out, or left half-way
     notes: Sequence[str]
 
     @property
     def told(self) -> str:
-        if self.num_chosen == self.num_seen and self.num_files_read == self.num_files:
+        if self.num_chosen == self.num_seen and self.all_read:
             return f"All {self.num_seen:,} samples of the runs."
         return (
-            f"{self.num_chosen:,} of {self.num_seen:,} samples of {self.num_files_read:,} of "
+            f"{self.num_chosen:,} of {self.num_seen:,} samples "
+            f"{'' if self.all_read else 'read '}from {self.num_files_read:,} of "
             f"{self.num_files:,} sample files: the newest steps first, then evenly over the steps, "
             "of each verdict and reward. All are in the run folders."
         )
@@ -66,20 +69,23 @@ def choose(runs: Sequence[RunData], budget: int) -> Chosen:
         notes += [f"{run.name}: {note}"] if note else []
     by_file: list[list[tuple[_File, SampleRecord]]] = []
     num_seen = num_read = num_bytes = 0
+    all_read = True
     room = KEPT_TOKENS
     for file in files:
         if num_bytes > READ_BYTES:
             break
-        num_bytes += file.path.stat().st_size
+        num_bytes += min(file.path.stat().st_size, READ_BYTES // 16)
         num_read += 1
-        records = list(read_samples(file.path))
+        records, is_whole = _begin(read_samples(file.path), FILE_TOKENS)
+        all_read &= is_whole
         num_seen += len(records)
         kept = _within(_of_every_kind(records), room // (len(files) - num_read + 1))
         room -= sum(len(record.tokens) for record in kept)
         by_file.append([(file, record) for record in kept])
     plain = (_plain(file, record, decoders[file.run]) for file, record in _in_turns(by_file))
     packed, num_chosen = _pack(plain, budget)
-    return Chosen(packed, num_chosen, num_seen, len(files), num_read, notes)
+    all_read &= num_read == len(files)
+    return Chosen(packed, num_chosen, num_seen, len(files), num_read, all_read, notes)
 
 
 # ------------------------------------------------------------------ which
@@ -97,6 +103,17 @@ def _files(runs: Sequence[RunData]) -> list[_File]:
         found.sort(key=lambda file: (-file.step, file.held_out))
         each.append([found[i] for i in _halving(len(found))])
     return list(_in_turns(each))
+
+
+def _begin(records: Iterator[SampleRecord], num_tokens: int) -> tuple[list[SampleRecord], bool]:
+    """(records until there are so many tokens, whether those are all)."""
+    begun, left = [], num_tokens
+    for record in records:
+        if left <= 0:
+            return begun, False
+        begun.append(record)
+        left -= len(record.tokens)
+    return begun, True
 
 
 def _step(path: Path) -> int:
@@ -235,8 +252,11 @@ class _Pieces:
 
 def _pieces_of(run: RunData) -> tuple[_Pieces | None, str]:
     """By the tokenizer of the model trained, or of the one it left; or why there is neither."""
-    told = ""
-    for folder in (run.folder / "hf", Path(str(run.config.get("model.path", "")))):
+    told = "its model is not known"
+    places = [run.folder / "hf"]
+    if "model.path" in run.config:
+        places.append(Path(str(run.config["model.path"])))
+    for folder in places:
         try:
             return _Pieces(ChatTokenizer.load(folder)), ""
         except ValueError as error:

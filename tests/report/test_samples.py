@@ -47,6 +47,15 @@ def test_no_more_is_read_than_wanted(large: Path, monkeypatch: pytest.MonkeyPatc
     assert chosen.num_files_read < 100 and "of 1,001 sample files" in chosen.told
 
 
+def test_a_file_of_very_long_answers_is_not_read_whole(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "FILE_TOKENS", 6)  # two answers of five tokens and more
+    chosen = choose(read_runs([small]), 1_000_000)
+    assert chosen.num_chosen == chosen.num_seen == 14
+    assert "14 of 14 samples read from 7 of 7 sample files" in chosen.told
+
+
 def test_halving_names_each_place_once() -> None:
     for count in (0, 1, 2, 3, 10, 1000):
         assert sorted(samples._halving(count)) == list(range(count))
