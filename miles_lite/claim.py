@@ -47,10 +47,10 @@ def check_same(folder: Path, plain: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        before = _flat(yaml.safe_load(path.read_text()))
+        before = flat(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): choose another log.name") from None
-    now = _flat(plain)
+    now = flat(plain)
     refuse_changes(folder, before, now)
     summary = folder / "summary.json"
     ended = json.loads(summary.read_text()).get("outcome") if summary.is_file() else ""
@@ -63,7 +63,7 @@ def check_same(folder: Path, plain: Mapping[str, Any]) -> None:
 
 def refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError unless what `before` says of the experiment is what `now` says."""
-    before, now = _flat(before), _flat(now)
+    before, now = flat(before), flat(now)
     changed = [
         f"{key} = {now.get(key)!r} (was {before.get(key)!r})"
         for key in sorted({*before, *now})
@@ -76,10 +76,10 @@ def refuse_changes(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
         )
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves by their dotted keys."""
     found: dict[str, Any] = {}
     for key, entry in value.items():
-        inner = _flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {}
+        inner = flat(entry, f"{prefix}{key}.") if isinstance(entry, Mapping) else {}
         found |= inner or {f"{prefix}{key}": entry}
     return found

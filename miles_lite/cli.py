@@ -24,6 +24,7 @@ miles-lite doctor [experiment=NAME] [key=value ..] hosts, files and one harmless
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
 miles-lite launch head|worker IP [...]             a run on many hosts, see launch --help
+miles-lite report RUN [RUN2 ...] [--open]          curves, times, waste, samples: one HTML file
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
@@ -50,6 +51,7 @@ def run(words: Sequence[str]) -> int:
         "export": _export,
         "launch": _launch,
         "wandb-dashboard": _wandb_dashboard,
+        "report": _report,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -110,6 +112,12 @@ def _wandb_dashboard(words: Sequence[str]) -> None:
     from miles_lite.dashboard import command
 
     command(words)
+
+
+def _report(words: Sequence[str]) -> None:
+    from miles_lite.report import command
+
+    command.run(words)
 
 
 def _export(words: Sequence[str]) -> None:

@@ -173,6 +173,7 @@ class StepResult:
     metrics: Metrics
     # sample -> [token] of the trainer before the first update; samples not trained on are missing
     logprobs: Mapping[int, Sequence[float]]
+    entropies: Mapping[int, Sequence[float]]  # of the same distributions
 
 
 class Trainer(Resident, Protocol):

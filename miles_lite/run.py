@@ -44,9 +44,9 @@ from miles_lite.checkpoints import Checkpoints
 from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
-from miles_lite.protocols import Metrics
+from miles_lite.protocols import Metrics, StepResult
 from miles_lite.stop import Stopped
-from miles_lite.types import Group, Sample
+from miles_lite.types import Group, Sample, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,12 @@ class SampleRecord:
     invalid: str  # why there is no verdict; "" when there is one
     version: int  # of the weights that drew it
     finish: str  # a Finish
+    # of the sample, before anything that needs the trainer's log-probs; NaN: it does not count
+    advantage: float = math.nan
+    entropies: Sequence[float] = ()  # [T] of the trainer's distributions, where it has log-probs
+
+
+_TOKEN_FLOATS = ("logprobs", "trainer_logprobs", "entropies")
 
 
 class Run:
@@ -189,14 +195,21 @@ class Run:
         self,
         step: int,
         groups: Sequence[Group],
-        trainer_logprobs: Mapping[int, Sequence[float]],
+        result: StepResult,
+        sequences: Sequence[TrainSequence],
     ) -> None:
-        """Every sample of a step. trainer_logprobs: [sample in rollout order] -> [token], of those
-        that were trained on."""
+        """Every sample of a step, with what the trainer said of those that it saw. sequences: in
+        rollout order."""
         samples = [sample for group in groups for sample in group.samples]
         records = (
-            _record(step, sample, trainer_logprobs.get(index, ()))
-            for index, sample in enumerate(samples)
+            _record(
+                step,
+                sample,
+                result.logprobs.get(sequence.sample, ()),
+                result.entropies.get(sequence.sample, ()),
+                sequence.advantage if sequence.counts else math.nan,
+            )
+            for sample, sequence in zip(samples, sequences, strict=True)
         )
         _write_samples(self.folder / "samples" / _file_name(step), records)
         if step % SHOWN_EVERY == 0:
@@ -206,7 +219,7 @@ class Run:
 
     def save_eval(self, step: int, name: str, groups: Sequence[Group]) -> None:
         """Every answer to the held-out prompts of set `name`."""
-        records = (_record(step, sample, ()) for group in groups for sample in group.samples)
+        records = (_record(step, sample) for group in groups for sample in group.samples)
         _write_samples(self.folder / "eval" / name / _file_name(step), records)
 
     def finish(
@@ -265,8 +278,11 @@ def read_samples(path: Path) -> Iterator[SampleRecord]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            for key in ("logprobs", "trainer_logprobs"):
-                record[key] = [math.nan if value is None else value for value in record[key]]
+            for key in _TOKEN_FLOATS:
+                values = record.get(key, ())  # runs of before have no entropies
+                record[key] = [math.nan if value is None else value for value in values]
+            if record.get("advantage") is None:
+                record["advantage"] = math.nan
             yield SampleRecord(**record)
 
 
@@ -322,7 +338,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _record(step: int, sample: Sample, trainer_logprobs: Sequence[float]) -> SampleRecord:
+def _record(
+    step: int,
+    sample: Sample,
+    trainer_logprobs: Sequence[float] = (),
+    entropies: Sequence[float] = (),
+    advantage: float = math.nan,
+) -> SampleRecord:
     return SampleRecord(
         step=step,
         prompt_uid=sample.prompt.uid,
@@ -336,6 +358,8 @@ def _record(step: int, sample: Sample, trainer_logprobs: Sequence[float]) -> Sam
         invalid=sample.verdict.reason,
         version=sample.completion.version,
         finish=sample.completion.finish.value,
+        advantage=advantage,
+        entropies=entropies,
     )
 
 
@@ -364,8 +388,8 @@ def _write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
     with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw) as file:
         for record in records:
             line = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            line["logprobs"] = _json_floats(record.logprobs)
-            line["trainer_logprobs"] = _json_floats(record.trainer_logprobs)
+            line |= {key: _json_floats(line[key]) for key in _TOKEN_FLOATS}
+            (line["advantage"],) = _json_floats([record.advantage])
             file.write(json.dumps(line).encode("ascii") + b"\n")
 
 

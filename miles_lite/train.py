@@ -68,7 +68,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
             stop.ask(AlarmError(str(alarms.fatal)))
         run.log(step, metrics)
         if cfg.log.samples:
-            run.save_samples(step, drawn.groups, result.logprobs)
+            run.save_samples(step, drawn.groups, result, sequences)
         console.step(step, metrics)
         watch.look(drawn.groups, sequences)
         resume.complete(run, parts)  # what an earlier step began

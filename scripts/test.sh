@@ -47,6 +47,7 @@ if command -v hadolint >/dev/null; then # its wheels are for some platforms only
     say "hadolint"
     hadolint docker/Dockerfile docker/Dockerfile.cpu
 fi
+bash scripts/setup-browser.sh # Chromium, if it may be installed
 lane "not slow and not sglang"
 lane "slow and not sglang"
 bash scripts/setup-sglang-cpu.sh # a minute or two; an environment of its own

@@ -21,8 +21,8 @@ LEVELS = (
     "environment stop checkpoints claim intact orphan",
     "algo data models",
     "weights cluster",
-    "trainer rollout run report console summary alarms dashboard",
-    "planner",
+    "trainer rollout run console summary alarms dashboard",
+    "planner report",
     "build",
     "resume",
     "train evaluate doctor launch",
@@ -39,7 +39,6 @@ HEAVY = {
     "rich": (
         "console",
         "cli",
-        "report",
         "weights.convert_command",
         "planner.show",
         "planner.command",

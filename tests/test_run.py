@@ -7,7 +7,7 @@ import gzip
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -22,8 +22,9 @@ from miles_lite import run as run_module
 from miles_lite.claim import RunFinished
 from miles_lite.compose import build
 from miles_lite.config import CheckpointConfig, Config, ConfigError
+from miles_lite.protocols import StepResult
 from miles_lite.run import Run, RunError, read_metrics, read_samples
-from miles_lite.types import Completion, Finish, Group, Prompt, Sample, Verdict
+from miles_lite.types import Completion, Finish, Group, Prompt, Sample, TrainSequence, Verdict
 
 NOW = datetime(2025, 1, 2, 3, 4, 5)
 
@@ -54,6 +55,18 @@ def group(uid: int, logprobs: tuple[float, ...] = (-0.5, -1 / 3)) -> Group:
     return Group((right, replace(right, text="???", verdict=Verdict(0.0, "timeout"))))
 
 
+def seen(
+    logprobs: Mapping[int, Sequence[float]], num_samples: int = 2
+) -> tuple[StepResult, list[TrainSequence]]:
+    """What the trainer said of a step's samples; every other one does not count."""
+    entropies = {sample: [-value for value in values] for sample, values in logprobs.items()}
+    sequences = [
+        TrainSequence((1, 2, 7, 8), 2, (), i, i // 2, 1.0, advantage=1.5, counts=i % 2 == 0)
+        for i in range(num_samples)
+    ]
+    return StepResult({}, logprobs, entropies), sequences
+
+
 def test_a_new_run_never_takes_the_folder_of_another(cfg: Config) -> None:
     names = [Run.open(cfg, NOW).folder.name for _ in range(3)]
     assert names == ["test-20250102-030405", "test-20250102-030405-2", "test-20250102-030405-3"]
@@ -68,8 +81,8 @@ def test_a_named_run_that_stopped_is_taken_up_again(cfg: Config) -> None:
         run.log(0, {"train/loss": 1.0})
         before = run.metrics_bytes
         run.log(1, {"train/loss": 2.0})
-        run.save_samples(0, [group(0)], {})
-        run.save_samples(1, [group(1)], {})
+        run.save_samples(0, [group(0)], *seen({}))
+        run.save_samples(1, [group(1)], *seen({}))
         run.save_eval(1, "held_out", [group(0)])
     with Run.open(mine, NOW) as again:
         assert again.folder == run.folder
@@ -199,7 +212,7 @@ def test_metrics_of_a_run_that_is_writing(cfg: Config) -> None:
 def test_samples_read_back(cfg: Config) -> None:
     run = Run.open(cfg, NOW)
     groups = [group(0), group(5, logprobs=(math.nan, -1.0))]
-    run.save_samples(12, groups, {0: (-0.5, -0.25), 1: (-0.5, -0.25), 3: (-math.inf, -2.0)})
+    run.save_samples(12, groups, *seen({0: (-0.5, -0.25), 3: (-math.inf, -2.0)}, num_samples=4))
     path = run.folder / "samples" / "step_000012.jsonl.gz"
     first, invalid, untrained, last = read_samples(path)
     assert (first.step, first.prompt_uid, first.label, first.version) == (12, "set:0", "42", 3)
@@ -207,7 +220,8 @@ def test_samples_read_back(cfg: Config) -> None:
     assert (first.reward, first.invalid, first.finish) == (1.0, "", "stop")
     assert list(first.tokens) == [7, 8]
     assert first.logprobs == pytest.approx((-0.5, -1 / 3), abs=1e-9)
-    assert list(first.trainer_logprobs) == [-0.5, -0.25]
+    assert list(first.trainer_logprobs) == [-0.5, -0.25] and list(first.entropies) == [0.5, 0.25]
+    assert first.advantage == 1.5 and math.isnan(invalid.advantage)
     assert (invalid.reward, invalid.invalid) == (0.0, "timeout")
     assert list(untrained.trainer_logprobs) == []
     assert math.isnan(last.logprobs[0]) and math.isnan(last.trainer_logprobs[0])
@@ -215,12 +229,25 @@ def test_samples_read_back(cfg: Config) -> None:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+def test_samples_of_an_earlier_version_still_read(tmp_path: Path) -> None:
+    """Before there were advantages and entropies."""
+    old = {
+        "step": 0, "prompt_uid": "a:0", "prompt": "p", "label": "l", "response": "r", "tokens": [1],
+        "logprobs": [-1.0], "trainer_logprobs": [], "reward": 1.0, "invalid": "", "version": 0,
+        "finish": "stop",
+    }  # fmt: skip
+    path = tmp_path / "step_000000.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(old).encode() + b"\n"))
+    (record,) = read_samples(path)
+    assert math.isnan(record.advantage) and list(record.entropies) == []
+
+
 def test_logprobs_keep_every_bit_of_a_float32(cfg: Config) -> None:
     numpy = pytest.importorskip("numpy")
     values = numpy.random.default_rng(0).normal(scale=3, size=200).astype("float32")
     as_tuple = tuple(float(value) for value in values)
     run = Run.open(cfg, NOW)
-    run.save_samples(0, [group(0, logprobs=as_tuple)], {0: as_tuple, 1: as_tuple})
+    run.save_samples(0, [group(0, logprobs=as_tuple)], *seen({0: as_tuple, 1: as_tuple}))
     record = next(iter(read_samples(run.folder / "samples" / "step_000000.jsonl.gz")))
     assert (numpy.array(record.logprobs, "float32") == values).all()
 

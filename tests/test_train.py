@@ -145,6 +145,7 @@ def test_samples_are_kept_with_both_sides_logprobs(run: Path) -> None:
     for sample in samples:
         assert sample.version == 1 and len(sample.tokens) == len(sample.logprobs)
         assert sample.trainer_logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+        assert len(sample.entropies) == len(sample.tokens) and min(sample.entropies) >= -1e-6
 
 
 @pytest.mark.slow

@@ -195,6 +195,12 @@ def with_devices(cfg: Config, num_devices: int) -> Config:
     )
 
 
+def planned_step(cfg: Config, model: NemotronH) -> tuple[Sizes, StepTime]:
+    """On the hardware that the configuration names."""
+    planned = sizes(cfg, model, Hardware.named(cfg.cluster.hardware))
+    return planned, step_time(planned, sync_traffic(sync_flows(cfg, model), planned.hardware))
+
+
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What a run should measure, under its own metric names."""
@@ -204,8 +210,7 @@ class Expected:
 
     @classmethod
     def of(cls, cfg: Config, model: NemotronH) -> Expected:
-        planned = sizes(cfg, model, Hardware.named(cfg.cluster.hardware))
-        step = step_time(planned, sync_traffic(sync_flows(cfg, model), planned.hardware))
+        planned, step = planned_step(cfg, model)
         times = {phase.phase: phase.estimate_s for phase in step.phases}
         seconds = {
             "perf/rollout_time": times["generate"],

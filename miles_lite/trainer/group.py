@@ -69,8 +69,9 @@ class TrainerGroup:
         num_tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
         metrics["perf/train_time"] = seconds
         metrics["perf/actor_train_tok_per_s"] = num_tokens / metrics["perf/actor_train_time"]
-        by_sample = {k: v for report in reports for k, v in report.logprobs.items()}
-        return StepResult(metrics, by_sample)
+        logprobs = {k: v for report in reports for k, v in report.logprobs.items()}
+        entropies = {k: v for report in reports for k, v in report.entropies.items()}
+        return StepResult(metrics, logprobs, entropies)
 
     def refresh_reference(self) -> None:
         call_all(self._workers, "refresh_reference", deadline_s=self._timeout_s)

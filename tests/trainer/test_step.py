@@ -44,6 +44,7 @@ class Trained:
 
     metrics: dict[str, float]
     logprobs: dict[int, list[float]]
+    entropies: dict[int, list[float]]
     rows: list[tuple[str, int, int, Any]]  # tensor, dim, start, numpy rows after the step
     held: dict[str, dict[str, int]]  # phase -> kind -> bytes
 
@@ -126,7 +127,8 @@ def train(world: World, jobs: list[Job]) -> list[Trained]:
             for h in worker.hosted()
             for tensor, start, off, n in iter_segments(h)
         ]
-        done.append(Trained(report.partials, report.logprobs, rows, held))  # pyright: ignore
+        said = report.partials, report.logprobs, report.entropies
+        done.append(Trained(*said, rows, held))  # pyright: ignore
         setup.destroy()
     return done
 
@@ -154,7 +156,8 @@ def run(jobs: list[Job], fn: Any = train) -> list[tuple[Trained, dict[str, torch
         ranks = [by_rank[r][index] for r in range(size)]
         metrics = finish(merge(*(r.metrics for r in ranks)))
         logprobs = {k: v for r in ranks for k, v in r.logprobs.items()}
-        merged = Trained(metrics, logprobs, [], ranks[0].held)
+        entropies = {k: v for r in ranks for k, v in r.entropies.items()}
+        merged = Trained(metrics, logprobs, entropies, [], ranks[0].held)
         results.append((merged, assemble([row for r in ranks for row in r.rows])))
     return results
 
@@ -193,6 +196,7 @@ def assert_same_step(
     assert got[0].logprobs.keys() >= wanted[0].logprobs.keys()  # the spared may keep company
     for sample, values in wanted[0].logprobs.items():
         assert got[0].logprobs[sample] == pytest.approx(values, abs=1e-4)
+        assert got[0].entropies[sample] == pytest.approx(wanted[0].entropies[sample], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -218,6 +222,10 @@ def test_one_rank_steps_as_plain_torch(tiny: Tiny, single: Any) -> None:
     assert worst[0] <= 1e-5, worst
     for sample, values in old.items():
         assert trained.logprobs[sample] == pytest.approx(values, abs=1e-4)
+    model = transformers_model(tiny.folder)  # entropies are those of before the first update, too
+    for s in batch_for(1).sequences:
+        entropies = logprob_entropy(model, s)[1].tolist()
+        assert trained.entropies[s.sample] == pytest.approx(entropies, abs=1e-4)
     drift = [
         abs(a - b)
         for s in batch_for(1).sequences
@@ -392,19 +400,20 @@ def transformers_model(folder: Path) -> Any:
     return model
 
 
+def logprob_entropy(model: Any, s: TrainSequence) -> tuple[torch.Tensor, torch.Tensor]:
+    with forced(model, choices(s.routing) if s.routing.known else None):
+        logits = model(torch.tensor([s.tokens])).logits[0].float() / TEMPERATURE
+    logp = logits.log_softmax(-1)[s.prompt_len - 1 : -1]
+    targets = torch.tensor(s.tokens[s.prompt_len :])
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
 def plain_step(
     folder: Path, batch: Batch, num_steps: int = 1, credit: Credit = given_advantages
 ) -> tuple[dict[str, torch.Tensor], dict[int, list[float]]]:
     """Steps of two updates in one process: (weights after, old log-probs of the last step), one
     sequence at a time, forced to the experts of its routing. The reference is the start."""
     model = transformers_model(folder)
-
-    def logprob_entropy(s: TrainSequence) -> tuple[torch.Tensor, torch.Tensor]:
-        with forced(model, choices(s.routing) if s.routing.known else None):
-            logits = model(torch.tensor([s.tokens])).logits[0].float() / TEMPERATURE
-        logp = logits.log_softmax(-1)[s.prompt_len - 1 : -1]
-        targets = torch.tensor(s.tokens[s.prompt_len :])
-        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     # Megatron exempts biases and 1-D parameters from weight decay
     flat = [p for n, p in model.named_parameters() if p.dim() == 1]
@@ -419,7 +428,7 @@ def plain_step(
     old = reference
     for _ in range(num_steps):
         with torch.no_grad():
-            old = {s.sample: logprob_entropy(s)[0] for s in batch.sequences}
+            old = {s.sample: logprob_entropy(model, s)[0] for s in batch.sequences}
         reference = reference or old
         advantages = credit(batch, old, reference)
         for update in batch.updates:
@@ -427,7 +436,7 @@ def plain_step(
             counting = [s for s in members if s.counts]
             adam.zero_grad()
             for s in counting:
-                logp, entropy = logprob_entropy(s)
+                logp, entropy = logprob_entropy(model, s)
                 ratio, a = (logp - old[s.sample]).exp(), advantages[s.sample]
                 pg = -torch.minimum(ratio * a, ratio.clamp(1 - 0.2, 1 + 0.28) * a)
                 ((pg - 0.01 * entropy).mean() / len(counting)).backward()

@@ -32,3 +32,4 @@ class RankReport:
 
     partials: dict[str, Partial]
     logprobs: dict[int, list[float]]  # sample -> log-probs before the first update
+    entropies: dict[int, list[float]]  # and the entropies of the same distributions

@@ -66,7 +66,8 @@ class Step:
 
     def __call__(self, share: Share) -> RankReport:
         begin = time.perf_counter()
-        old = [self._forward_only(micro_batches, replayed=True) for micro_batches in share]
+        scored = [self._forward_only(micro_batches, replayed=True) for micro_batches in share]
+        old = [_logprobs(outputs) for outputs in scored]
         after_old = time.perf_counter()
         # every rank has tokens and layers of its own to tell of
         routing = merge(self._replay.flips(), self._drift_of_replay(share, old))
@@ -83,8 +84,11 @@ class Step:
             report = merge(report, self._update(micro_batches, facts, is_first=index == 0))
         times["perf/actor_train_time"] = Max(time.perf_counter() - begin_train)
         if not self._reports:
-            return RankReport(merge(routing, times), {})
-        return RankReport(merge(report, routing, times), _by_sample(share, old))
+            return RankReport(merge(routing, times), {}, {})
+        entropies = [[out[1] for out in outputs] for outputs in scored]
+        return RankReport(
+            merge(report, routing, times), _by_sample(share, old), _by_sample(share, entropies)
+        )
 
     def refresh_reference(self) -> None:
         """From now on the KL is to the policy as it is."""
@@ -95,7 +99,7 @@ class Step:
     def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
         """Sample -> log-probs of its response tokens under the policy as it is, its own routing
         included."""
-        logprobs = self._forward_only(micro_batches)
+        logprobs = _logprobs(self._forward_only(micro_batches))
         return _by_sample([micro_batches], [logprobs]) if self._reports else {}
 
     # -------------------------------------------------------------- forward only
@@ -103,14 +107,14 @@ class Step:
     def _forward_only(
         self, micro_batches: Sequence[MicroBatch], replayed: bool = False
     ) -> list[torch.Tensor]:
-        """Log-probs [N] of each micro-batch; empty list on ranks that have none."""
+        """Log-probs and entropies [2, N] of each micro-batch; none on ranks that have none."""
         self._ddp.eval()
         with torch.no_grad():
             outputs = self._schedule(
                 micro_batches, lambda _: lambda out: (out.new_zeros(()), out), replayed
             )
         self._ddp.train()
-        return [output[0].clone() for output in outputs]
+        return [output.clone() for output in outputs]
 
     def _reference_logprobs(self, share: Share) -> list[list[torch.Tensor]]:
         """As _forward_only under the frozen reference's weights; the policy's are put back. It
@@ -121,7 +125,7 @@ class Step:
         policy = [p.data.to("cpu", copy=True) for p in params]
         for param, frozen in zip(params, self._reference, strict=True):
             param.data.copy_(frozen)
-        logprobs = [self._forward_only(micro_batches) for micro_batches in share]
+        logprobs = [_logprobs(self._forward_only(micro_batches)) for micro_batches in share]
         for param, own in zip(params, policy, strict=True):
             param.data.copy_(own)
         return logprobs
@@ -131,7 +135,7 @@ class Step:
         micro-batch, so it costs one more forward pass and not one of all."""
         if not self._replay.active:
             return {}
-        logprobs = self._forward_only(share[0][:1])
+        logprobs = _logprobs(self._forward_only(share[0][:1]))
         if not self._reports:
             return {}
         known = Known(share[0][0], responses(share[0][0], self._device), old[0][0], None)
@@ -285,10 +289,14 @@ def _sample_mean(values: torch.Tensor, lengths: Sequence[int]) -> Mean:
     return Mean(float(sum(means)), len(means))
 
 
-def _by_sample(share: Share, old: list[list[torch.Tensor]]) -> dict[int, list[float]]:
+def _logprobs(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [output[0] for output in outputs]
+
+
+def _by_sample(share: Share, rows: list[list[torch.Tensor]]) -> dict[int, list[float]]:
     found = {}
-    for micro_batches, logprobs in zip(share, old, strict=True):
-        for micro_batch, values in zip(micro_batches, logprobs, strict=True):
+    for micro_batches, outputs in zip(share, rows, strict=True):
+        for micro_batch, values in zip(micro_batches, outputs, strict=True):
             lengths = [sequence.response_len for sequence in micro_batch.sequences]
             for sequence, one in zip(micro_batch.sequences, values.split(lengths), strict=True):
                 found[sequence.sample] = one.tolist()

@@ -1,0 +1,126 @@
+"""What a run folder tells a report. It may still be written, and of an earlier version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from miles_lite.claim import flat
+from miles_lite.compose import build
+from miles_lite.config import Config
+from miles_lite.planner.plan import planned_step, read_model
+from miles_lite.planner.time import PhaseTime
+from miles_lite.protocols import Metrics
+from miles_lite.run import read_metrics
+from miles_lite.summary import Summary, summarize
+
+# what a reader may share the report with needs no account names: no host, folder or command line
+_ENVIRONMENT = ("python", "platform", "cpus", "memory_bytes", "gpus", "git", "packages")
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    step: int
+    name: str
+    severity: str  # "warning" or "critical"
+    message: str  # the cause, with values
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    name: str  # unique among the runs of a report
+    folder: Path
+    metrics: Mapping[int, Metrics]  # by step
+    summary: Summary
+    outcome: str
+    config: Mapping[str, Any]  # by dotted key; empty if the file is not there
+    environment: Mapping[str, Any]
+    alarms: Sequence[Alarm]
+    phases: Mapping[str, PhaseTime]  # as planned; empty if the configuration cannot be planned here
+    not_planned: str  # why
+
+    @property
+    def trained(self) -> dict[int, Metrics]:
+        """Steps that trained: the last evaluation is one of a step that does not."""
+        return {step: m for step, m in self.metrics.items() if "perf/step_time" in m}
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Raises ValueError for a folder that is not one of a run."""
+    names: list[str] = []
+    for folder in folders:
+        plain = folder.resolve().name
+        taken = [name for name in names if name == plain or name.startswith(f"{plain} (")]
+        names.append(f"{plain} ({len(taken) + 1})" if taken else plain)
+    return [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> RunData:
+    if not (folder / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"{folder} is not the folder of a run: it has no metrics.jsonl. Runs lie under "
+            "log.folder, and `miles-lite train` says where when it ends"
+        )
+    metrics = read_metrics(folder)
+    raw = _mapping(folder / "config.yaml")
+    environment = _mapping(folder / "environment.json")
+    phases, not_planned = _phases(raw)
+    return RunData(
+        name=name,
+        folder=folder,
+        metrics=metrics,
+        summary=summarize(folder, metrics),
+        outcome=_outcome(_mapping(folder / "summary.json")),
+        config=flat(raw),
+        environment=flat({key: environment[key] for key in _ENVIRONMENT if environment.get(key)}),
+        alarms=_alarms(folder / "alarms.jsonl"),
+        phases=phases,
+        not_planned=not_planned,
+    )
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Of a YAML or JSON file; empty without one."""
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} and not a mapping")
+    return value
+
+
+def _outcome(summary: Mapping[str, Any]) -> str:
+    if not summary:
+        return "still running, or killed"
+    error = summary.get("error", "")
+    return f"{summary.get('outcome', '?')}{': ' if error else ''}{error}"
+
+
+def _alarms(path: Path) -> list[Alarm]:
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # the rest is being written
+    names = ("step", "name", "severity", "message", "remedy")
+    records = [json.loads(line) for line in whole.split("\n") if line]
+    return [Alarm(**{name: record[name] for name in names}) for record in records]
+
+
+def _phases(raw: Mapping[str, Any]) -> tuple[dict[str, PhaseTime], str]:
+    """The planned times of the run's phases, or why there are none."""
+    if not raw:
+        return {}, "the run folder has no config.yaml"
+    try:
+        cfg = build(Config, raw, "")
+        _, step = planned_step(cfg, read_model(cfg)[0])
+    except ValueError as error:  # moved elsewhere, or of a version with other keys
+        return {}, str(error)
+    return {phase.phase: phase for phase in step.phases}, ""
