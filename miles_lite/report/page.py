@@ -58,8 +58,8 @@ def render(runs: Sequence[RunData]) -> Page:
     parts |= {"samples": _base64(chosen.packed), "said": _base64(_packed(said))}
     html = template
     for name, text in parts.items():
-        assert html.count(f"<!--{name}-->") == 1 or name == "policy", name
-        html = html.replace("POLICY" if name == "policy" else f"<!--{name}-->", text)
+        assert html.count(f"<!--{name}-->") == 1, name
+        html = html.replace(f"<!--{name}-->", text)
     return Page(html, chosen, stride)
 
 
