@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from miles_lite.alarms import Alarm, Limits, timeline
 from miles_lite.claim import flat
 from miles_lite.compose import build
 from miles_lite.config import Config
@@ -21,15 +21,6 @@ from miles_lite.summary import Summary, summarize
 
 # what a reader may share the report with needs no account names: no host, folder or command line
 _ENVIRONMENT = ("python", "platform", "cpus", "memory_bytes", "gpus", "git", "packages")
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    step: int
-    name: str
-    severity: str  # "warning" or "critical"
-    message: str  # the cause, with values
-    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +61,8 @@ def _read_run(folder: Path, name: str) -> RunData:
     metrics = read_metrics(folder)
     raw = _mapping(folder / "config.yaml")
     environment = _mapping(folder / "environment.json")
-    phases, not_planned = _phases(raw)
+    cfg, why = _config(raw)
+    phases, not_planned = _phases(cfg) if cfg else ({}, why)
     return RunData(
         name=name,
         folder=folder,
@@ -79,7 +71,7 @@ def _read_run(folder: Path, name: str) -> RunData:
         outcome=_outcome(_mapping(folder / "summary.json")),
         config=flat(raw),
         environment=flat({key: environment[key] for key in _ENVIRONMENT if environment.get(key)}),
-        alarms=_alarms(folder / "alarms.jsonl"),
+        alarms=timeline(metrics, Limits.of(cfg)) if cfg else [],
         phases=phases,
         not_planned=not_planned,
     )
@@ -105,22 +97,20 @@ def _outcome(summary: Mapping[str, Any]) -> str:
     return f"{summary.get('outcome', '?')}{': ' if error else ''}{error}"
 
 
-def _alarms(path: Path) -> list[Alarm]:
-    if not path.is_file():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # the rest is being written
-    names = ("step", "name", "severity", "message", "remedy")
-    records = [json.loads(line) for line in whole.split("\n") if line]
-    return [Alarm(**{name: record[name] for name in names}) for record in records]
-
-
-def _phases(raw: Mapping[str, Any]) -> tuple[dict[str, PhaseTime], str]:
-    """The planned times of the run's phases, or why there are none."""
+def _config(raw: Mapping[str, Any]) -> tuple[Config | None, str]:
+    """That of the run, or why there is none."""
     if not raw:
-        return {}, "the run folder has no config.yaml"
+        return None, "the run folder has no config.yaml"
     try:
-        cfg = build(Config, raw, "")
+        return build(Config, raw, ""), ""
+    except ValueError as error:  # of a version with other keys
+        return None, str(error)
+
+
+def _phases(cfg: Config) -> tuple[dict[str, PhaseTime], str]:
+    """The planned times of the run's phases, or why there are none."""
+    try:
         _, step = planned_step(cfg, read_model(cfg)[0])
-    except ValueError as error:  # moved elsewhere, or of a version with other keys
+    except ValueError as error:  # the model was moved elsewhere
         return {}, str(error)
     return {phase.phase: phase for phase in step.phases}, ""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from miles_lite.alarms import Alarm
 from miles_lite.protocols import Metrics
 from miles_lite.report.names import memory_parts, number, percent, seconds, size, words
-from miles_lite.report.runs import Alarm, RunData
+from miles_lite.report.runs import RunData
 
 Cell = str | Mapping[str, object]  # {"text": ..., "share": of a bar's length}
 

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.planted import alarm, answers, group, plant
+from tests.report.planted import answers, group, looked_at, plant
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps, three alarms, four samples a step."""
-    alarms = [alarm(2, "drift"), alarm(1, "drift"), alarm(4, "dead reward", "critical")]
-    return plant(tmp_path_factory.mktemp("runs"), "small", 6, alarms=alarms)
+    """Six steps, two alarms, four samples a step."""
+    drifts = looked_at(train__train_rollout_logprob_abs_diff=0.06)
+    broken = looked_at(train__first_log_ratio_max=0.1)
+    troubles = {0: drifts, 1: looked_at(), 2: drifts, 4: broken}
+    return plant(tmp_path_factory.mktemp("runs"), "small", 6, troubles=troubles)
 
 
 @pytest.fixture(scope="session")

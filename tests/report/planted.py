@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -106,7 +105,7 @@ def plant(
     name: str,
     num_steps: int,
     groups_of: Mapping[int, Sequence[Group]] | None = None,
-    alarms: Sequence[Mapping[str, object]] = (),
+    troubles: Mapping[int, Metrics] | None = None,
     overrides: Sequence[str] = (),
     samples_of_step: int = 4,
 ) -> Path:
@@ -115,16 +114,17 @@ def plant(
     with Run.open(cfg, datetime(2025, 1, 2)) as run:
         for step in range(num_steps):
             extra = {"eval/held": step / num_steps} if step % 50 == 0 else {}
-            run.log(step, metrics(step) | extra)
+            run.log(step, metrics(step) | extra | (troubles or {}).get(step, {}))
             groups = (groups_of or {}).get(step) or [group(step, answers(samples_of_step))]
             run.save_samples(step, groups, *trained(groups))
         run.save_eval(num_steps, "held", [group(num_steps, answers(2))])
         run.finish({})
-    if alarms:
-        lines = "".join(json.dumps(alarm) + "\n" for alarm in alarms)
-        (run.folder / "alarms.jsonl").write_text(lines + '{"step": 5, "na')  # being written
     return run.folder
 
 
-def alarm(step: int, name: str, severity: str = "warning", message: str = "m") -> dict[str, object]:
-    return {"step": step, "name": name, "severity": severity, "message": message, "remedy": "r"}
+def looked_at(**values: float) -> Metrics:
+    """Of a step that alarms look at, which all others here are not: they have no loss."""
+    drift = "train/train_rollout_logprob_abs_diff"
+    return {"train/loss": 0.1, drift: 1e-9} | {
+        name.replace("__", "/"): v for name, v in values.items()
+    }

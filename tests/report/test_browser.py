@@ -12,7 +12,7 @@ import pytest
 
 from miles_lite import cli
 from miles_lite.types import Verdict
-from tests.report.planted import alarm, group, plant
+from tests.report.planted import group, looked_at, plant
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -97,7 +97,7 @@ def test_it_draws_from_the_file_alone(view: View, report: Path) -> None:
                   "plan against measured", "what differs"):  # fmt: skip
         assert view.count(f"table:has(caption:text('{table}'))") == 1, table
     first = view.page.locator(".alarm").first.inner_text()
-    assert "critical: dead reward" in first and "small, step 4" in first
+    assert "critical: first_ratio" in first and "small, step 4" in first
 
 
 def test_any_metric_can_be_drawn(view: View) -> None:
@@ -165,8 +165,10 @@ def test_hostile_text_is_shown_and_never_run(browser: Any, tmp_path: Path) -> No
         for text, verdict in zip(HOSTILE, verdicts, strict=True)
     ]
     name = "<img src=x onerror=hacked=1>"
+    reasons = {f"reward__invalid__{text}": 0.1 for text in HOSTILE}
     run = plant(
-        tmp_path, name, 2, {0: groups}, [alarm(0, text, text, text) for text in HOSTILE],
+        tmp_path, name, 2, {0: groups},
+        {0: looked_at(reward__invalid_ratio=0.9, **reasons)},
         [f"data.template_kwargs.evil=\"{HOSTILE[0]}\""],
     )  # fmt: skip
     with (run / "metrics.jsonl").open("a") as file:

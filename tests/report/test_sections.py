@@ -72,8 +72,8 @@ def test_memory_is_the_most_after_entering_a_phase(small: Path) -> None:
 
 def test_alarms_are_told_once_each_and_critical_ones_first(small: Path) -> None:
     first, second = sections.alarms(read_runs([small]))
-    assert (first["name"], first["when"]) == ("dead reward", "step 4")
-    assert (second["name"], second["when"]) == ("drift", "steps 1 to 2, 2 times")
+    assert (first["name"], first["when"]) == ("first_ratio", "step 4")
+    assert (second["name"], second["when"]) == ("drift", "steps 0 to 2, 2 times")
 
 
 @pytest.mark.slow
