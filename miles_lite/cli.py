@@ -23,6 +23,7 @@ miles-lite reward-audit experiment=NAME [...]      what the reward says of right
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
+miles-lite serve --model DIR|RUN[@STEP]            an OpenAI-compatible endpoint, see serve --help
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
@@ -42,6 +43,7 @@ def run(words: Sequence[str]) -> int:
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
+        "serve": _serve,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -96,6 +98,12 @@ def _export(words: Sequence[str]) -> None:
     from miles_lite.weights import convert_command
 
     convert_command.export(words)
+
+
+def _serve(words: Sequence[str]) -> None:
+    from miles_lite.serve import command
+
+    command.run(words)
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:

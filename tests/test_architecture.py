@@ -23,7 +23,7 @@ LEVELS = (
     "weights cluster",
     "trainer rollout run report console summary",
     "planner",
-    "build",
+    "build serve",
     "resume",
     "train evaluate",
     "cli",
