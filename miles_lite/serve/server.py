@@ -226,7 +226,7 @@ def _sampling(served: Served, ask: ChatAsk | CompletionAsk, max_tokens: int) -> 
         temperature=ask.temperature,
         top_p=ask.top_p,
         top_k=max(0, ask.top_k),
-        stop_token_ids=served.engine.model.eos_token_ids,
+        stop_token_ids=() if ask.ignore_eos else served.engine.model.eos_token_ids,
     )
 
 

@@ -125,7 +125,9 @@ class _Ask(_Strict):
     stream_options: StreamOptions = StreamOptions()
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)  # SGLang's and vLLM's; 0 and -1 keep all
+    # SGLang's and vLLM's; 0 and -1 keep all
+    top_k: int = Field(0, ge=-1)
+    ignore_eos: bool = False
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = None
     stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=16)  # or one string
