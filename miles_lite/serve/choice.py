@@ -41,12 +41,13 @@ class Wish:
 
 @dataclass(slots=True)
 class Delta:
-    """What a token adds to an answer."""
+    """What some tokens add to an answer."""
 
     text: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
-    drawn: Drawn | None = None  # the token, if its log-prob is wanted and it is part of the answer
+    # the tokens, if their log-probs are wanted; the one that ends an answer is no part of it
+    drawn: list[Drawn] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.text or self.reasoning or self.calls or self.drawn)
@@ -76,9 +77,9 @@ class Choice:
         self._tools = ToolText(wish.tools) if wish.tools else None
         self._has_called = False
         self._budget = wish.thinking_budget
-        self._begin = Delta()  # what is told with the first token
+        self._begin = ""  # what is told with the first token
         if self._budget == 0 and wish.thinks:
-            self._end_thinking(self._begin)
+            self._begin = self._end_thinking()
         elif self._budget == 0:
             self._budget = 1  # the model may open a think block itself
 
@@ -89,40 +90,41 @@ class Choice:
         sampling = replace(self.wish.sampling, max_new_tokens=left)
         return Request(uid, tuple(self._tokens), sampling)
 
-    def take(self, drawn: Drawn) -> Delta:
-        """The next token."""
+    def take(self, drawn: Drawn, delta: Delta) -> None:
+        """The next token, told to `delta`."""
+        if self._begin:
+            self._add(delta, self._begin)
+            self._begin = ""
         self.num_drawn += 1
         self.num_reasoning += self._is_thinking
         self._tokens.append(drawn.token)
-        delta, self._begin = self._begin, Delta()
         if drawn.finish is Finish.stop:  # the token says that the answer is over: no part of it
             self.finish = "stop"
         else:
             self._add(delta, self._stream.feed(drawn.token))
             if self.wish.wants_logprobs:
-                delta.drawn = drawn
+                delta.drawn.append(drawn)
         if not self.finish and self.num_drawn >= self.wish.sampling.max_new_tokens:
             self.finish = "length"
         if not self.finish and drawn.finish is Finish.length:  # the budget is spent
             self._budget = None
             if self._is_thinking:
-                self._add(delta, self._stream.flush())
-                self._end_thinking(delta)
+                self._add(delta, self._stream.flush() + self._end_thinking())
         if self.finish:
             self._close(delta)
-        return delta
 
     @property
     def _is_thinking(self) -> bool:
         return self._reasoning is not None and self._reasoning.thinking
 
-    def _end_thinking(self, delta: Delta) -> None:
+    def _end_thinking(self) -> str:
+        """As if the model had closed its think block; returns what it wrote."""
         self._budget = None
         forced = self._tokenizer.encode(CLOSE)
         self._tokens += forced
         self.num_forced += len(forced)
         self.num_reasoning += len(forced)
-        self._add(delta, CLOSE)
+        return CLOSE
 
     def _add(self, delta: Delta, text: str) -> None:
         """Up to a stop string, of which the beginning may have come before."""

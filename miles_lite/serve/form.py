@@ -39,7 +39,7 @@ class Form:
                 reasoning="".join(delta.reasoning for delta in deltas),
                 calls=[call for delta in deltas for call in delta.calls],
             )
-            drawn = [delta.drawn for delta in deltas if delta.drawn]
+            drawn = [drawn for delta in deltas for drawn in delta.drawn]
             logprobs = self._logprobs(drawn) if choice.wish.wants_logprobs else None
             body = {"index": choice.index, "finish_reason": choice.finish, "logprobs": logprobs}
             if self.is_chat:
@@ -57,7 +57,7 @@ class Form:
         return self._chunk(choice, {"role": "assistant", "content": ""})
 
     def piece(self, choice: Choice, delta: Delta) -> Json:
-        logprobs = self._logprobs([delta.drawn]) if delta.drawn else None
+        logprobs = self._logprobs(delta.drawn) if delta.drawn else None
         fields = _fields(delta)
         for index, call in enumerate(fields.get("tool_calls", ()), choice.num_calls):
             call["index"] = index

@@ -278,31 +278,34 @@ def _seeded(wish: Wish, number: int) -> Wish:
 async def _draw(
     engine: LiveEngine, choices: Sequence[Choice], request: Request
 ) -> AsyncGenerator[tuple[Choice, Delta]]:
-    """What each token adds to which answer, until all are over. Leaves nothing in the engine,
-    however it ends. Raises ClientGone, EngineError."""
+    """What the tokens of each moment add to which answer, until all are over: one by one, or more
+    at once when the client is slower than the engine. Leaves nothing in the engine, however it
+    ends. Raises ClientGone, EngineError."""
     inbox: Inbox = asyncio.Queue()
     watch = asyncio.create_task(_tell_when_gone(request, inbox))
     waiting = {engine.next_uid(): choice for choice in choices}
     try:
         engine.start([choice.request(uid) for uid, choice in waiting.items()], inbox)
         while waiting:
-            drawn = await inbox.get()
-            if drawn is None:
-                raise ClientGone
-            if isinstance(drawn, EngineError):
-                raise drawn
-            choice = waiting.get(drawn.uid)
-            if choice is None:  # drawn before the engine heard that a stop string had come
-                continue
-            delta = choice.take(drawn)
-            if choice.finish or drawn.finish:
-                del waiting[drawn.uid]
-                engine.cancel([drawn.uid])
-            if drawn.finish and not choice.finish:
-                uid = engine.next_uid()
-                waiting[uid] = choice
-                engine.start([choice.request(uid)], inbox)
-            yield choice, delta
+            deltas: dict[int, Delta] = {}
+            for drawn in [await inbox.get(), *(inbox.get_nowait() for _ in range(inbox.qsize()))]:
+                if drawn is None:
+                    raise ClientGone
+                if isinstance(drawn, EngineError):
+                    raise drawn
+                choice = waiting.get(drawn.uid)
+                if choice is None:  # drawn before the engine heard that a stop string had come
+                    continue
+                choice.take(drawn, deltas.setdefault(choice.index, Delta()))
+                if choice.finish or drawn.finish:
+                    del waiting[drawn.uid]
+                    engine.cancel([drawn.uid])
+                if drawn.finish and not choice.finish:
+                    uid = engine.next_uid()
+                    waiting[uid] = choice
+                    engine.start([choice.request(uid)], inbox)
+            for index, delta in deltas.items():
+                yield choices[index], delta
     finally:
         watch.cancel()
         engine.cancel(waiting)

@@ -140,10 +140,7 @@ def told(choice: Choice, tokenizer: ChatTokenizer, text: str) -> Delta:
     total = Delta()
     for token in tokens:
         finish = Finish.stop if token == EOS else None
-        delta = choice.take(Drawn(0, token, -0.5, (), finish))
-        total.text += delta.text
-        total.reasoning += delta.reasoning
-        total.calls += delta.calls
+        choice.take(Drawn(0, token, -0.5, (), finish), total)
         if choice.finish:
             break
     return total
