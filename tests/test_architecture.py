@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
-    "types protocols config foreign compose metrics log device parallel environment stop "
+    "types protocols bounds config foreign compose metrics log device parallel environment stop "
     "checkpoints claim orphan",
     "algo data models",
     "weights cluster",
@@ -25,7 +25,7 @@ LEVELS = (
     "planner",
     "build serve",
     "resume",
-    "train evaluate",
+    "train evaluate samples replay",
     "cli",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
@@ -42,6 +42,7 @@ HEAVY = {
         "report",
         "weights.convert_command",
         "planner.show",
+        "samples",
         "planner.command",
     ),
 }
