@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from miles_lite.config import RewardConfig
 from miles_lite.log import printable
 from miles_lite.rollout.rewards import RewardWorkers
 from miles_lite.run import SampleRecord, read_samples
-from miles_lite.samples import sample_files, split_run
+from miles_lite.samples import sample_file, split_run
 from miles_lite.types import Prompt, Verdict
 
 KINDS = ("pass", "fail", "no verdict")
@@ -30,13 +30,13 @@ def run(words: Sequence[str]) -> None:
     if not colon:
         raise ValueError(f"--reward {options.reward}: wanted FILE:FUNCTION")
     folder, step = split_run(options.run)
-    [path] = sample_files(folder, step, options.set)
+    path = sample_file(folder, step, options.set)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     limits = compose.build(RewardConfig, config["reward"], "reward.")
     asked = {"file": file, "function": function, "options": _values(options.option), "others": {}}
     reward = compose.build(RewardConfig, config["reward"] | asked, "reward.")
     records = list(read_samples(path))
-    size = group_size(records, config["rollout"]["samples_per_prompt"])
+    size = group_size(records, config, options.set)
     with reward_workers(reward) as workers:
         verdicts = asyncio.run(regrade(records, workers, size))
     old = f"{limits.file.name}:{limits.function}"
@@ -66,12 +66,16 @@ def _values(words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def group_size(records: Sequence[SampleRecord], planned: int) -> int:
-    """Samples of one prompt, which lie together; an evaluation may have its own number."""
+def group_size(records: Sequence[SampleRecord], config: Mapping[str, Any], eval_set: str) -> int:
+    """Samples of one prompt, which lie together."""
+    size = config["rollout"]["samples_per_prompt"]
+    if eval_set:
+        own = config["eval"].get("sets", {}).get(eval_set, {}).get("samples_per_prompt")
+        size = own or config["eval"]["samples_per_prompt"]
     uids = [record.prompt_uid for record in records]
-    size = next((i for i, uid in enumerate(uids) if uid != uids[0]), len(uids))
-    # the first two groups may be of one prompt, dealt twice
-    return planned if size % planned == 0 else size
+    if len(uids) % size or any(uid != uids[i - i % size] for i, uid in enumerate(uids)):
+        raise ValueError(f"{len(uids)} samples are not groups of {size}, as the config says")
+    return size
 
 
 async def regrade(

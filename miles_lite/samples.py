@@ -17,10 +17,9 @@ from miles_lite.run import SampleRecord, read_samples
 def run(words: Sequence[str]) -> None:
     options = _parser().parse_args(words)
     folder, step = split_run(options.run)
-    files = sample_files(folder, step, options.set)
+    file = sample_file(folder, step if options.step is None else options.step, options.set)
     found = [
         record
-        for file in files
         for record in read_samples(file)
         if wanted(record, options.reward, options.invalid, options.uid)
     ]
@@ -30,12 +29,13 @@ def run(words: Sequence[str]) -> None:
             console.print(_whole(record))
     else:
         console.print(_table(found[: options.num]))
-    console.print(f"{min(options.num, len(found))} of {len(found)} samples, of {len(files)} steps")
+    console.print(f"{min(options.num, len(found))} of {len(found)} samples of {file}", markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="miles-lite samples")
     parser.add_argument("run", help="folder of a run, RUN or RUN@STEP; else its last step")
+    parser.add_argument("--step", type=int, help="the same as RUN@STEP")
     parser.add_argument("--set", default="", help="of an evaluation set instead of training")
     parser.add_argument("--reward", default="", help="X, X.. or X..Y")
     parser.add_argument("--invalid", action="store_true", help="without a verdict only")
@@ -55,7 +55,7 @@ def split_run(run: str) -> tuple[Path, int | None]:
     return Path(folder), int(step)
 
 
-def sample_files(folder: Path, step: int | None, eval_set: str) -> list[Path]:
+def sample_file(folder: Path, step: int | None, eval_set: str) -> Path:
     """Of that step, or of the last one there is. Raises ValueError that says what there is."""
     place = folder / "eval" / eval_set if eval_set else folder / "samples"
     files = sorted(place.glob("step_*.jsonl.gz"))
@@ -63,12 +63,12 @@ def sample_files(folder: Path, step: int | None, eval_set: str) -> list[Path]:
         sets = ", ".join(sorted(path.name for path in (folder / "eval").glob("*"))) or "none"
         raise ValueError(f"{place} has no samples; evaluation sets of this run (--set): {sets}")
     if step is None:
-        return files[-1:]
+        return files[-1]
     found = place / f"step_{step:06d}.jsonl.gz"
     if found not in files:
         first, last = (int(files[i].name[5:11]) for i in (0, -1))
         raise ValueError(f"{place} has no step {step}; there are {len(files)}, {first} to {last}")
-    return [found]
+    return found
 
 
 def wanted(record: SampleRecord, reward: str, invalid: bool, uid: str) -> bool:
@@ -88,14 +88,12 @@ def _is_within(value: float, bounds: str) -> bool:
 
 
 def _table(records: Sequence[SampleRecord]) -> Table:
-    table = Table(show_lines=False, pad_edge=False)
-    for title in ("step", "prompt", "reward", "finish", "tokens"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("label", max_width=16, no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, pad_edge=False, expand=True)
+    for title, width in (("prompt", 14), ("reward", 8), ("finish", 6), ("tokens", 6), ("label", 8)):
+        table.add_column(title, min_width=width, max_width=24, no_wrap=True, overflow="ellipsis")
     table.add_column("response", no_wrap=True, overflow="ellipsis", ratio=1)
     for record in records:
         table.add_row(
-            str(record.step),
             Text(printable(record.prompt_uid)),
             Text(printable(record.invalid) if record.invalid else f"{record.reward:g}"),
             record.finish,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,35 @@ def test_metrics_are_there_under_their_names(run: Path) -> None:
         assert steps[step]["rollout/weight_version/mean"] == step
     assert steps[1]["train/step"] == 3  # two updates a step
     assert "eval/eval" in steps[0] and "eval/eval" in steps[2]
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_the_run_or_of_its_export_is_the_one_in_training(
+    run: Path, tmp_path: Path
+) -> None:
+    """Answers, log-probs and verdicts, to the bit; only the version counts from 0."""
+    found = []
+    for model in (f"{run}@2", run / "hf"):
+        words = [*COMMAND[:3], "eval", "--model", str(model), "experiment=tiny", *CHANGED[1:]]
+        done = subprocess.run(
+            [*words, f"log.folder={tmp_path}", "log.name=" + str(len(found))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        folder = tmp_path / str(len(found))
+        [file] = (folder / "eval" / "eval").iterdir()
+        summary = json.loads((folder / "summary.json").read_text())
+        found.append((list(read_samples(file)), summary["metrics"]))
+        assert "pass@1" in done.stdout and str(folder) in done.stdout
+    [in_training] = (run / "eval" / "eval").glob("step_000002*")
+    of_run = [replace(s, step=0, version=0) for s in read_samples(in_training)]
+    assert found[0][0] == found[1][0] == of_run
+    names = found[0][1]
+    assert names == {name: read_metrics(run)[2][name] for name in names}
 
 
 @pytest.mark.slow
