@@ -36,6 +36,9 @@ HEAVY = {
     "ray": ("cluster", "trainer.group", "rollout.manager", "build"),
     "sglang": ("rollout.sglang",),
     "wandb": ("metrics",),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
+    "openai": (),
     "rich": (
         "console",
         "cli",

@@ -96,7 +96,7 @@ def test_an_evaluation_of_the_run_or_of_its_export_is_the_one_in_training(
     for model in (f"{run}@2", run / "hf"):
         words = [*COMMAND[:3], "eval", "--model", str(model), "experiment=tiny", *CHANGED[1:]]
         done = subprocess.run(
-            [*words, f"log.folder={tmp_path}", "log.name=" + str(len(found))],
+            [*words, f"log.folder={tmp_path}", f"log.name=eval{len(found)}"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -104,7 +104,7 @@ def test_an_evaluation_of_the_run_or_of_its_export_is_the_one_in_training(
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        folder = tmp_path / str(len(found))
+        folder = tmp_path / f"eval{len(found)}"
         [file] = (folder / "eval" / "eval").iterdir()
         summary = json.loads((folder / "summary.json").read_text())
         found.append((list(read_samples(file)), summary["metrics"]))

@@ -149,6 +149,13 @@ def _check_model(served: Served, name: str) -> None:
 
 
 def chat_wish(served: Served, ask: ChatAsk) -> Wish:
+    for name in ask.chat_template_kwargs:
+        # what is no setting would be an argument of the renderer: a template of one's own, say
+        if name in _NO_SETTINGS or not served.tokenizer.takes(name):
+            raise ApiError(
+                400, f"the chat template of this model has no setting {name!r}",
+                f"chat_template_kwargs.{name}", "unknown_parameter",
+            )  # fmt: skip
     tools = [tool.model_dump() for tool in ask.tools] if ask.tool_choice == "auto" else []
     messages = [_for_template(message) for message in ask.messages]
     text = _render(served, messages, ask.chat_template_kwargs, tools)
@@ -198,6 +205,9 @@ def completion_wishes(served: Served, ask: CompletionAsk) -> list[Wish]:
     if not wishes:
         raise ApiError(400, "prompt is an empty list", "prompt")
     return wishes
+
+
+_NO_SETTINGS = ("messages", "tools", "documents", "add_generation_prompt", "chat_template")
 
 
 def _for_template(message: Message) -> dict[str, Any]:

@@ -208,6 +208,16 @@ def test_thinking_ends_with_its_budget(client: openai.OpenAI) -> None:
         ({"messages": ASK * 400}, "messages", "maximum context length is 2000 tokens"),
         ({"messages": [{"role": "user", "content": "x", "tool": 1}]}, "messages.0.tool", "unknown"),
         ({"messages": []}, "messages", "at least 1"),
+        (
+            {"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}},
+            "chat_template_kwargs.chat_template",
+            "no setting 'chat_template'",
+        ),
+        (
+            {"extra_body": {"chat_template_kwargs": {"messages": []}}},
+            "chat_template_kwargs.messages",
+            "no setting",
+        ),
         ({"top_logprobs": 3}, "top_logprobs", "wants logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "shows it no"),
         ({"n": 1000}, "n", "less than or equal"),
@@ -222,6 +232,15 @@ def test_a_bad_request_is_answered_with_the_parameter(
     assert caught.value.param is not None and caught.value.param.startswith(param)
     assert told in caught.value.message
     assert caught.value.type == "invalid_request_error"
+
+
+def test_settings_of_the_template_and_parts_of_text(client: openai.OpenAI) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": ASK[0]["content"]}]}]
+    off = {"chat_template_kwargs": {"enable_thinking": False}, "thinking_budget": 0}
+    answer = chat(client, messages=parts, extra_body=off)
+    assert not hasattr(answer.choices[0].message, "reasoning_content")
+    assert answer.choices[0].message.content
+    assert answer.usage.prompt_tokens == chat(client).usage.prompt_tokens  # </think> for a line end
 
 
 def test_what_asks_for_nothing_is_taken(client: openai.OpenAI) -> None:
