@@ -137,8 +137,8 @@ def sglang_options(model: NemotronH, options: argparse.Namespace) -> dict[str, A
 
 
 def _hand_over(folder: Path, options: argparse.Namespace, api_key: str) -> None:
-    """Start SGLang's server and stay until it ends. Not run on a GPU yet: what is passed is tested,
-    and that SGLang knows these names."""
+    """Start SGLang's server and stay until it ends. Not run on a GPU, nor has SGLang itself checked
+    these options: only what is passed is tested."""
     from miles_lite.rollout.sglang.launch import Launch, environment
     from miles_lite.rollout.sglang.model_folder import engine_folder
     from miles_lite.rollout.sglang.options import EngineSpec

@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -46,7 +46,7 @@ class Served:
     name: str  # of the model, which clients ask for
     tokenizer: ChatTokenizer
     engine: LiveEngine
-    api_key: str  # "" asks for none
+    api_key: str = field(repr=False)  # "" asks for none
 
 
 class ClientGone(Exception):
@@ -60,7 +60,7 @@ def application(served: Served) -> FastAPI:
         yield
         served.engine.close()
 
-    app = FastAPI(title="miles-lite", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="miles-lite", lifespan=life, openapi_url=None)
     started = int(time.time())
     card = {"id": served.name, "object": "model", "created": started, "owned_by": "miles-lite"}
     guarded = [Depends(_guard(served.api_key))]
@@ -116,6 +116,10 @@ def _handle_errors(app: FastAPI) -> None:
     async def of_engine(_: Request, error: EngineError) -> Response:
         log.error("%s", error)
         return tell(_engine_error())
+
+    @app.exception_handler(Exception)
+    async def of_a_bug(_: Request, error: Exception) -> Response:
+        return tell(ApiError(500, "the server made a mistake; its log says more"))
 
     @app.exception_handler(ClientGone)
     async def of_nobody(_: Request, error: ClientGone) -> Response:
