@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from miles_lite.checks import ConfigError
+from miles_lite.bounds import ConfigError
 
 AlarmName = Literal[
     "no_signal",
@@ -33,9 +33,7 @@ class AlarmConfig:
     truncated: float = 0.3  # share of answers
     invalid: float = 0.05  # share of answers
     drift: float = 0.05  # nats a token; bf16 engines and trainers are at 0.002 to 0.02
-    drift_growth: float = 3.0  # latest steps against the first ones
     entropy_share: float = 0.1  # of the entropy of the first steps
-    plan_factor: float = 5.0  # time of a phase against the plan's
 
     def __post_init__(self) -> None:
         for limit in fields(self):

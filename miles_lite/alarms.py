@@ -29,6 +29,8 @@ WINDOW = (
 AGAIN = 25  # steps until an alarm that lasts is told again
 FEW_MARKS = 0.1  # share of answers with the mark that the reward looks for
 FIRST_LOG_RATIO = 1e-3  # nats of any token: rounding is far below
+DRIFT_GROWTH = 3.0  # latest steps against the first ones
+PLAN_FACTOR = 5.0  # time of a phase against the plan's
 MEMORY_GROWTH = 1.1  # latest steps against the first ones, and
 SMALL_BYTES = 64 << 20  # no growth of memory that is less
 SMALL_DRIFT = 1e-4  # nats a token; no trend below
@@ -166,7 +168,7 @@ def _drift(seen: Seen, limits: Limits) -> str:
 
 def _drift_trend(seen: Seen, limits: Limits) -> str:
     then, now = seen.then_and_now(ABS_DIFF)
-    grown = now > max(SMALL_DRIFT, limits.config.drift_growth * then)
+    grown = now > max(SMALL_DRIFT, DRIFT_GROWTH * then)
     if not grown or _drift(seen, limits):  # which says enough
         return ""
     return f"the drift has grown from {then:.3g} to {now:.3g} nats a token"
@@ -229,7 +231,7 @@ def _slow(seen: Seen, limits: Limits) -> str:
         if name.startswith("plan/perf/") and len(seen.latest) == WINDOW:
             factor = statistics.median(step.get(name, math.nan) for step in seen.latest)
             took = statistics.median(step.get(measured, math.nan) for step in seen.latest)
-            if factor > limits.config.plan_factor and took > SMALL_S:
+            if factor > PLAN_FACTOR and took > SMALL_S:
                 told.append(f"{measured} {took:.1f} s is {factor:.1f} times the plan's")
     return ", ".join(told)
 

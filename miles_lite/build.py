@@ -18,8 +18,8 @@ from miles_lite.algo.packing import PackSettings
 from miles_lite.algo.routing import RouterSizes
 from miles_lite.cluster import session
 from miles_lite.cluster.actor import Remote, spawn
-from miles_lite.cluster.placement import Bundle, check_groups
-from miles_lite.config import Config, ConfigError
+from miles_lite.cluster.placement import Bundle, check_groups, groups_of_neighbours
+from miles_lite.config import Config, ConfigError, RewardConfig
 from miles_lite.data.prompts import PromptSource
 from miles_lite.data.source import RenderSettings, Source, open_source
 from miles_lite.data.tokenizer import ChatTokenizer
@@ -132,22 +132,14 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
         bundles = stack.enter_context(
             session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
         )
-        check_groups([bundle.host for bundle in bundles], _groups(cfg))
-        env = {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
-        start_engine = _ENGINES[cfg.rollout.engine.backend]
-        size = cfg.rollout.engine.tp
-        spots = [
-            Spot(f"engine {i}", bundles[i * size : (i + 1) * size], device, env, log_folder)
-            for i in range(cfg.rollout.engine.num_engines)
-        ]
-        engines = [start_engine(cfg, inputs.model, spot) for spot in spots]
-        for engine in engines:
-            stack.callback(engine.close)
-        trainer = _start_trainer(cfg, bundles, device, env)
+        check_groups([bundle.host for bundle in bundles], groups_of_neighbours(cfg))
+        spots = _spots(cfg, bundles, device, log_folder)
+        engines = _start_engines(cfg, inputs.model, spots, stack)
+        trainer = _start_trainer(cfg, bundles, device, _environment(cfg))
         stack.callback(trainer.close)
         trainer.enter(Phase.generate)  # engines measure what is free when they come up
         _connect(engines, spots, cfg.cluster.start_timeout_s)
-        rewards = stack.enter_context(reward_workers(cfg, cfg.reward.workers))
+        rewards = stack.enter_context(reward_workers(cfg.reward))
         rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs))
         weights = [source.weight for source in cfg.data.train.values()]
         yield Parts(
@@ -161,15 +153,34 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
         )
 
 
-def _groups(cfg: Config) -> dict[str, int]:
-    """Sizes of the groups that exchange most and should stay on a host; all are of neighbours."""
-    dims, engine = cfg.parallel.dims, cfg.rollout.engine.dims
-    return {
-        "parallel.tp": dims.tp,
-        "parallel.expert_tp x ep": dims.expert_tp * dims.ep,
-        "rollout.engine.tp / dp": engine.attn_tp,
-        "rollout.engine.tp": engine.tp,
-    }
+@contextlib.contextmanager
+def start_evaluation(
+    cfg: Config, inputs: Inputs, log_folder: Path
+) -> Iterator[tuple[RolloutManager, Sequence[EvalSet]]]:
+    """Engines with the weights of `model.path`, reward workers, and what to ask; no trainer."""
+    from miles_lite.rollout.embedded.engine import EmbeddedEngine
+
+    device, engine = device_of(cfg), cfg.rollout.engine
+    if engine.backend != "embedded":
+        raise ConfigError(
+            f"rollout.engine.backend = {engine.backend}, which takes weights from a trainer only: "
+            "set rollout.engine.backend=embedded"
+        )
+    with contextlib.ExitStack() as stack:
+        bundles = stack.enter_context(
+            session.open_session(cfg.cluster, engine.num_engines * engine.tp, device)
+        )
+        spots = _spots(cfg, bundles, device, log_folder)
+        engines = _start_engines(cfg, inputs.model, spots, stack)
+        _connect(engines, spots, cfg.cluster.start_timeout_s)
+        for one in engines:
+            assert isinstance(one, EmbeddedEngine)
+            one.load_hf(cfg.model.path)
+            one.enter(Phase.generate)
+        rewards = stack.enter_context(reward_workers(cfg.reward))
+        rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs))
+        rollout.version = 0
+        yield rollout, _eval_sets(cfg, inputs)
 
 
 def _connect(engines: Sequence[StartedEngine], spots: Sequence[Spot], deadline_s: float) -> None:
@@ -251,6 +262,28 @@ class Spot:
         return spawn(cls, name, *args, bundle=bundle, share=ENGINE_SHARE, threads=4, env=self.env)
 
 
+def _environment(cfg: Config) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
+
+
+def _spots(cfg: Config, bundles: Sequence[Bundle], device: str, log_folder: Path) -> list[Spot]:
+    size, env = cfg.rollout.engine.tp, _environment(cfg)
+    return [
+        Spot(f"engine {i}", bundles[i * size : (i + 1) * size], device, env, log_folder)
+        for i in range(cfg.rollout.engine.num_engines)
+    ]
+
+
+def _start_engines(
+    cfg: Config, model: NemotronH, spots: Sequence[Spot], stack: contextlib.ExitStack
+) -> list[StartedEngine]:
+    """They are closed with the stack."""
+    engines = [_ENGINES[cfg.rollout.engine.backend](cfg, model, spot) for spot in spots]
+    for engine in engines:
+        stack.callback(engine.close)
+    return engines
+
+
 def _start_embedded(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
     from miles_lite.rollout.embedded.engine import EmbeddedEngine
     from miles_lite.rollout.embedded.options import EngineOptions
@@ -309,15 +342,14 @@ def device_of(cfg: Config) -> str:
 # ------------------------------------------------------------------ data and rewards
 
 
-def reward_workers(cfg: Config, num_workers: int) -> RewardWorkers:
-    reward = cfg.reward
+def reward_workers(reward: RewardConfig) -> RewardWorkers:
     limits = RewardLimits(
         timeout_s=reward.timeout_s,
         memory_bytes=reward.memory_mb << 20,
         response_len=reward.max_chars,
         cache_len=reward.cache_len,
     )
-    return RewardWorkers(reward.functions, num_workers, limits)
+    return RewardWorkers(reward.functions, reward.workers, limits)
 
 
 def _check_megatron_fields(cfg: Config, model: NemotronH) -> None:
@@ -362,20 +394,21 @@ def _audit(cfg: Config, inputs: Inputs, num_prompts: int, kinds: Collection[Kind
     prompts = [p for source in inputs.sources for p in source.sample(num_prompts)]
     prompts += [p for held_out in inputs.eval_prompts.values() for p in held_out[:num_prompts]]
     knows_thinking = inputs.tokenizer.knows(CLOSE)
-    with reward_workers(cfg, cfg.reward.workers) as workers:
+    with reward_workers(cfg.reward) as workers:
         return asyncio.run(audit(prompts, workers, knows_thinking, kinds))
 
 
 def _eval_sets(cfg: Config, inputs: Inputs) -> list[EvalSet]:
-    sampling = replace(
-        inputs.sampling,
-        temperature=cfg.eval.temperature,
-        top_p=1.0,
-        top_k=0,
-        max_new_tokens=cfg.eval.max_response_tokens or cfg.rollout.max_response_tokens,
-        wants_routing=False,
-    )
-    return [
-        EvalSet(name, prompts, sampling, cfg.eval.samples_per_prompt)
-        for name, prompts in inputs.eval_prompts.items()
-    ]
+    sets = []
+    for name, prompts in inputs.eval_prompts.items():
+        own = cfg.eval.of(name)
+        sampling = replace(
+            inputs.sampling,
+            temperature=own.temperature,
+            top_p=own.top_p,
+            top_k=0,
+            max_new_tokens=own.max_response_tokens or cfg.rollout.max_response_tokens,
+            wants_routing=False,
+        )
+        sets.append(EvalSet(name, prompts, sampling, own.samples_per_prompt, own.pass_reward))
+    return sets

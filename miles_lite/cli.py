@@ -29,6 +29,12 @@ miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an H
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
 miles-lite wandb-dashboard --project P --entity E  a W&B workspace for the runs of a project
+miles-lite eval --model DIR|RUN[@STEP] experiment=NAME [key=value ...]
+                                                   pass@k and mean@k of the sets of data.eval
+miles-lite samples RUN                             what a run's model wrote, see samples --help
+miles-lite replay RUN[@STEP] --reward FILE:FUNCTION
+                                                   saved samples, scored by another reward
+miles-lite serve --model DIR|RUN[@STEP]            an OpenAI-compatible endpoint, see serve --help
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
@@ -52,6 +58,10 @@ def run(words: Sequence[str]) -> int:
         "launch": _launch,
         "wandb-dashboard": _wandb_dashboard,
         "report": _report,
+        "serve": _serve,
+        "eval": _eval,
+        "samples": _samples,
+        "replay": _replay,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -131,6 +141,30 @@ def _launch(words: Sequence[str]) -> None:
 
     if code := command.run(words):
         sys.exit(code)
+
+
+def _eval(words: Sequence[str]) -> None:
+    from miles_lite import evaluate
+
+    evaluate.run(words)
+
+
+def _samples(words: Sequence[str]) -> None:
+    from miles_lite import samples
+
+    samples.run(words)
+
+
+def _replay(words: Sequence[str]) -> None:
+    from miles_lite import replay
+
+    replay.run(words)
+
+
+def _serve(words: Sequence[str]) -> None:
+    from miles_lite.serve import command
+
+    command.run(words)
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:

@@ -7,12 +7,12 @@ sections. Derived values are properties. Imports no torch.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from miles_lite.alarm_config import AlarmConfig
-from miles_lite.checks import ConfigError, not_negative, positive
+from miles_lite.bounds import ConfigError, derive_batch, not_negative, positive
 from miles_lite.parallel import EngineDims, ParallelDims
 
 
@@ -295,15 +295,41 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSetConfig:
+    """What one set of data.eval has of its own; null: as in `eval`."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    samples_per_prompt: int | None = None
+    max_response_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     every: int = 0  # steps between evaluations; 0: only before and after, if data.eval is set
     temperature: float = 0.0
-    samples_per_prompt: int = 1
+    top_p: float = 1.0
+    samples_per_prompt: int = 1  # n: pass@k is told for k = 1, 2, 4, ... n
     max_response_tokens: int = 0  # 0: as in training
+    pass_reward: float = 1.0  # an answer passes with this reward, or more
+    sets: dict[str, EvalSetConfig] = field(default_factory=dict)  # by name in data.eval
 
     def __post_init__(self) -> None:
         positive(self, "samples_per_prompt")
         not_negative(self, "every", "temperature", "max_response_tokens")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: wanted 0 < top_p <= 1")
+        for name in self.sets:
+            try:
+                self.of(name)
+            except ConfigError as error:
+                raise ConfigError(f"sets.{name}: {error}") from None
+
+    def of(self, name: str) -> EvalConfig:
+        """What holds for a set."""
+        own = self.sets.get(name, EvalSetConfig())
+        changes = {f.name: getattr(own, f.name) for f in fields(own)}
+        return replace(self, sets={}, **{k: v for k, v in changes.items() if v is not None})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -364,37 +390,15 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _derive_batch(self)
+        derive_batch(self)
+        for name in self.eval.sets:
+            if name not in self.data.eval:
+                known = ", ".join(self.data.eval) or "none"
+                raise ConfigError(f"eval.sets.{name}: data.eval has no such set, but {known}")
 
     @property
     def max_seq_len(self) -> int:
         """Tokens of prompt and answer together that an engine must have room for."""
-        answer = max(self.rollout.max_response_tokens, self.eval.max_response_tokens)
+        held_out = [self.eval.of(name).max_response_tokens for name in self.data.eval]
+        answer = max(self.rollout.max_response_tokens, *held_out, 0)
         return self.data.max_prompt_tokens + answer
-
-
-def _derive_batch(cfg: Config) -> None:
-    """Fill in the one of four sizes that is 0. What does not divide is an error."""
-    names = {
-        "rollout.num_prompts": cfg.rollout.num_prompts,
-        "rollout.samples_per_prompt": cfg.rollout.samples_per_prompt,
-        "train.global_batch": cfg.train.global_batch,
-        "train.updates_per_step": cfg.train.updates_per_step,
-    }
-    told = ", ".join(f"{name} = {value}" for name, value in names.items())
-    law = "num_prompts x samples_per_prompt = global_batch x updates_per_step"
-    missing = [name for name, value in names.items() if value == 0]
-    if min(names.values()) < 0 or len(missing) > 1:
-        raise ConfigError(f"{told}: {law}, so at most one of them may stay 0, to be derived")
-    prompts, samples, batch, updates = names.values()
-    if missing:
-        of_train = missing[0].startswith("train")
-        whole = prompts * samples if of_train else batch * updates
-        known = max(batch, updates) if of_train else max(prompts, samples)
-        if whole % known:
-            raise ConfigError(f"{told}: {law} leaves no whole number for {missing[0]}")
-        section, name = missing[0].split(".")
-        derived = replace(getattr(cfg, section), **{name: whole // known})
-        object.__setattr__(cfg, section, derived)  # before anyone has seen the object
-    elif prompts * samples != batch * updates:
-        raise ConfigError(f"{told}: {law} does not hold; leave one of them out to have it derived")

@@ -140,7 +140,8 @@ class Console:
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
         """Held-out results of the weights after `step` steps: a line that stays."""
-        shown = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        bounds = ("-low", "-high")  # of intervals, which are for files and charts
+        shown = [f"{n} {value:.4g}" for n, value in metrics.items() if not n.endswith(bounds)]
         self._line(f"evaluation after {step} steps: " + ", ".join(shown))
 
     def summary(self, lines: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from miles_lite.protocols import Metrics
+from miles_lite.types import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,15 @@ class Sink(Protocol):
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
-    def log_samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
-        """A few samples, each as SAMPLE_COLUMNS, for people to look at."""
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Those of a step, for people to look at some."""
         ...
 
     def close(self) -> None: ...
 
 
 SAMPLE_COLUMNS = ("step", "prompt", "response", "label", "reward", "no verdict because")
+SHOWN_EVERY, SHOWN_SAMPLES, SHOWN_CHARS = 10, 16, 4000  # steps, samples of each, of a text
 
 
 class JsonlSink:
@@ -122,7 +124,7 @@ class JsonlSink:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def log_samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """They all have a file of their own in the run folder."""
 
     def close(self) -> None:
@@ -193,11 +195,12 @@ class WandbSink:
         except Exception as error:
             self._report("log", error)
 
-    def log_samples(self, step: int, rows: Sequence[Sequence[Any]]) -> None:
-        if self._run is None:
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        if self._run is None or step % SHOWN_EVERY:
             return
+        rows = [_row(step, sample) for sample in samples[:SHOWN_SAMPLES]]
         try:
-            table = import_module("wandb").Table(columns=list(SAMPLE_COLUMNS), data=list(rows))
+            table = import_module("wandb").Table(columns=list(SAMPLE_COLUMNS), data=rows)
             self._run.log({wandb_axis("rollout"): step, "rollout/samples": table})
         except Exception as error:
             self._report("log samples", error)
@@ -213,6 +216,18 @@ class WandbSink:
     def _report(self, what: str, error: Exception) -> None:
         self.num_errors += 1
         logger.warning("W&B failed to %s (error %d): %r", what, self.num_errors, error)
+
+
+def _row(step: int, sample: Sample) -> list[Any]:
+    """As SAMPLE_COLUMNS."""
+    texts = [_shortened(text) for text in (sample.prompt.text, sample.text)]
+    return [step, *texts, sample.prompt.label, sample.verdict.reward, sample.verdict.reason]
+
+
+def _shortened(text: str) -> str:
+    """Without its middle if it is long."""
+    half = SHOWN_CHARS // 2
+    return text if len(text) <= SHOWN_CHARS else f"{text[:half]} [...] {text[-half:]}"
 
 
 def wandb_axis(prefix: str) -> str:

@@ -50,8 +50,6 @@ from miles_lite.types import Group, Sample, TrainSequence
 
 logger = logging.getLogger(__name__)
 
-SHOWN_EVERY, SHOWN_SAMPLES = 10, 16  # steps, and samples of each, that W&B shows
-
 
 class RunError(RuntimeError):
     """Something of the run folder cannot be written. Says what, why, and how full the disk is."""
@@ -212,10 +210,8 @@ class Run:
             for sample, sequence in zip(samples, sequences, strict=True)
         )
         _write_samples(self.folder / "samples" / _file_name(step), records)
-        if step % SHOWN_EVERY == 0:
-            rows = [_row(step, sample) for sample in samples[:SHOWN_SAMPLES]]
-            for sink in self._sinks:
-                sink.log_samples(step, rows)
+        for sink in self._sinks:
+            sink.log_samples(step, samples)
 
     def save_eval(self, step: int, name: str, groups: Sequence[Group]) -> None:
         """Every answer to the held-out prompts of set `name`."""
@@ -361,18 +357,6 @@ def _record(
         advantage=advantage,
         entropies=entropies,
     )
-
-
-def _row(step: int, sample: Sample) -> tuple[Any, ...]:
-    """As metrics.SAMPLE_COLUMNS; long texts lose their middle."""
-    verdict = sample.verdict
-    texts = [_shortened(text) for text in (sample.prompt.text, sample.text)]
-    return (step, *texts, str(sample.prompt.label), verdict.reward, verdict.reason)
-
-
-def _shortened(text: str, length: int = 4000) -> str:
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]} [...] {text[-half:]}"
 
 
 def _json_floats(values: Sequence[float]) -> list[float | None]:

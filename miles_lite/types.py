@@ -42,6 +42,7 @@ class Sampling:
     top_k: int  # 0 keeps all tokens
     stop_token_ids: tuple[int, ...]
     wants_routing: bool = False  # the completion is to say which experts computed it
+    top_logprobs: int = 0  # so many likeliest tokens are told to whoever follows the drawing
 
 
 @dataclass(frozen=True, slots=True)

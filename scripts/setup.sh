@@ -9,7 +9,7 @@ me="setup"
 venv="$project/.venv"
 constraints="$project/scripts/constraints-cpu.txt"
 stamp="$venv/setup-done"
-extras="dev,wandb"
+extras="dev,wandb,serve"
 # shellcheck source=scripts/venv.sh
 source "$project/scripts/venv.sh"
 

@@ -17,15 +17,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
-    "types protocols checks alarm_config config foreign compose metrics log device parallel "
+    "types protocols bounds alarm_config config foreign compose metrics log device parallel "
     "environment stop checkpoints claim intact orphan",
     "algo data models",
     "weights cluster",
     "trainer rollout run console summary alarms dashboard",
     "planner report",
-    "build",
+    "build serve",
     "resume",
-    "train evaluate doctor launch",
+    "train evaluate samples replay doctor launch",
     "cli",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
@@ -36,11 +36,15 @@ HEAVY = {
     "ray": ("cluster", "trainer.group", "rollout.manager", "build"),
     "sglang": ("rollout.sglang",),
     "wandb": ("metrics", "dashboard"),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
+    "openai": (),
     "rich": (
         "console",
         "cli",
         "weights.convert_command",
         "planner.show",
+        "samples",
         "planner.command",
     ),
 }

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_lite.metrics import JsonlSink, Max, Mean, Sum, WandbSink, finish, merge
+from miles_lite.types import Completion, Finish, Prompt, Sample, Verdict
 from tests import wandb_file
 
 NUMBERS = st.integers(-1000, 1000).map(float) | st.just(math.nan)  # exact in any order
@@ -228,16 +229,19 @@ def test_an_offline_run_has_samples_settings_and_no_key(
     monkeypatch.setenv("WANDB_MODE", "offline")
     sink = WandbSink(tmp_path, project="p", name="n", group="tiny", config={"optim": {"lr": 2.0}})
     hostile = "<script>\x00\u202e\x1b[2J"
-    sink.log_samples(7, [(7, "What is 1+1?", hostile, "2", 0.0, "timeout")])
+    prompt = Prompt("set:1", (), "What is 1+1?", "2", "", {})
+    answer = Completion((1,), (-0.5,), 0, Finish.stop)
+    for step in (20, 21):
+        sink.log_samples(step, [Sample(prompt, answer, hostile, Verdict(0.0, "timeout"))])
     sink.close()
     assert sink.num_errors == 0
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert wandb_file.config(file)["optim"] == {"lr": 2.0}
     (line,) = wandb_file.history(file)
-    assert line["rollout/step"] == 7 and line["rollout/samples/nrows"] == 1
+    assert line["rollout/step"] == 20 and line["rollout/samples/nrows"] == 1
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/rollout/*.json")
     assert json.loads(table.read_text())["data"] == [
-        [7, "What is 1+1?", hostile, "2", 0.0, "timeout"]
+        [20, "What is 1+1?", hostile, "2", 0.0, "timeout"]
     ]
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or b"0123456789abcdef" not in path.read_bytes(), path

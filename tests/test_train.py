@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,35 @@ def test_wandb_has_every_metric_every_panel_and_the_settings(run: Path) -> None:
     config = wandb_file.config(file)
     assert config["algo"]["eps_clip_high"] == 0.3 and "torch" in str(config["environment"])
     assert "rollout/samples/nrows" in logged[0]
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_the_run_or_of_its_export_is_the_one_in_training(
+    run: Path, tmp_path: Path
+) -> None:
+    """Answers, log-probs and verdicts, to the bit; only the version counts from 0."""
+    found = []
+    for model in (f"{run}@2", run / "hf"):
+        words = [*COMMAND[:3], "eval", "--model", str(model), "experiment=tiny", *CHANGED[1:]]
+        done = subprocess.run(
+            [*words, f"log.folder={tmp_path}", f"log.name=eval{len(found)}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        folder = tmp_path / f"eval{len(found)}"
+        [file] = (folder / "eval" / "eval").iterdir()
+        summary = json.loads((folder / "summary.json").read_text())
+        found.append((list(read_samples(file)), summary["metrics"]))
+        assert "pass@1" in done.stdout and str(folder) in done.stdout
+    [in_training] = (run / "eval" / "eval").glob("step_000002*")
+    of_run = [replace(s, step=0, version=0) for s in read_samples(in_training)]
+    assert found[0][0] == found[1][0] == of_run
+    names = found[0][1]
+    assert names == {name: read_metrics(run)[2][name] for name in names}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from miles_lite.config import ConfigError
+from miles_lite.config import Config, ConfigError
 
 SETTLE_S = 5.0
 
@@ -73,6 +73,17 @@ def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
         ray.kill(p)
     bundles = [Bundle(group, i, resource, host, device) for i, (host, device) in enumerate(places)]
     return sorted(bundles, key=lambda b: (_number(b.host), b.device, b.index))
+
+
+def groups_of_neighbours(cfg: Config) -> dict[str, int]:
+    """Sizes of the groups that exchange most and should stay on a host; all are of neighbours."""
+    dims, engine = cfg.parallel.dims, cfg.rollout.engine.dims
+    return {
+        "parallel.tp": dims.tp,
+        "parallel.expert_tp x ep": dims.expert_tp * dims.ep,
+        "rollout.engine.tp / dp": engine.attn_tp,
+        "rollout.engine.tp": engine.tp,
+    }
 
 
 def check_groups(hosts: Sequence[str], sizes: Mapping[str, int]) -> None:

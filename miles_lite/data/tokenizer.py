@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class ChatTokenizer:
     def knows(self, word: str) -> bool:
         """Whether `word` is a token, or spelt in the chat template."""
         return word in self._backend.get_vocab() or word in self._backend.chat_template
+
+    def takes(self, name: str) -> bool:
+        """Whether the chat template speaks of a setting called `name`."""
+        return re.search(rf"\b{re.escape(name)}\b", self._backend.chat_template) is not None
 
     @property
     def fingerprint(self) -> str:

@@ -157,6 +157,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def context_length(folder: Path) -> int:
+    """Tokens of prompt and answer together that the model was made for."""
+    raw = _read_json(folder / "config.json")
+    if "max_position_embeddings" not in raw:
+        raise ValueError(f"{folder / 'config.json'} does not say max_position_embeddings")
+    return int(raw["max_position_embeddings"])
+
+
 def _pattern(raw: dict[str, Any], string_key: str, list_key: str) -> str:
     """The layer pattern as one string, from either spelling; "" when neither is there."""
     if pattern := raw.get(string_key):

@@ -117,6 +117,10 @@ class RewardWorkers:
         """Whether a reward wants all answers of a group at once."""
         return self._about_one(name)[0]
 
+    def extras(self, name: str) -> Sequence[str]:
+        """What a reward asks for besides response and label: "prompt", "metadata"."""
+        return self._about_one(name)[1]
+
     def function(self, name: str) -> str:
         """The function behind a reward's name, for messages."""
         return self._functions[name].function

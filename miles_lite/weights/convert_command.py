@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from miles_lite.checkpoints import read_checkpoint
+from miles_lite.checkpoints import Checkpoint, read_checkpoint
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.intact import file_digest
 from miles_lite.orphan import die_with
@@ -60,9 +60,28 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(words)
-    folder, _, step = options.run.partition("@")
-    if Path(options.run).is_dir():  # whatever it is called
-        folder, step = options.run, ""
+    begin = time.monotonic()
+    reports = _export(find_checkpoint(options.run), options.out, options.workers)
+    _closing(reports, time.monotonic() - begin)
+
+
+def model_folder(model: str) -> Path:
+    """An HF folder: `model` itself, or of a checkpoint where it is RUN or RUN@STEP, exported into
+    RUN/exports once. Raises ValueError."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    found = find_checkpoint(model)
+    manifest = file_digest(found.folder / "manifest.json")  # a step may be trained again
+    out = found.folder.parent.parent / "exports" / f"{found.folder.name}-{manifest[:8]}"
+    _export(found, out, 1)
+    return out
+
+
+def find_checkpoint(run: str) -> Checkpoint:
+    """Of RUN@STEP, or the last one of RUN; intact. Raises ValueError."""
+    folder, _, step = run.partition("@")
+    if Path(run).is_dir():  # whatever it is called
+        folder, step = run, ""
     checkpoints = Path(folder) / "checkpoints"
     tracker = checkpoints / "latest"
     if not tracker.is_file():
@@ -71,17 +90,18 @@ def export(words: Sequence[str]) -> None:
     if not (checkpoints / name / "manifest.json").is_file():
         raise ValueError(f"{checkpoints} has no {name}; there are {_kept(checkpoints)}")
     try:
-        found = read_checkpoint(checkpoints / name, _digests)
+        return read_checkpoint(checkpoints / name, _digests)
     except ValueError as error:
         raise ValueError(
             f"{checkpoints / name} is damaged: {error}; RUN@STEP takes another one of "
             f"{_kept(checkpoints)}"
         ) from None
+
+
+def _export(found: Checkpoint, out: Path, workers: int) -> list[Report]:
     template = Path(found.state["config"]["model"]["path"])
-    options.node_rank, options.num_nodes, options.head_ip, options.timeout = 0, 1, "", 600.0
-    begin = time.monotonic()
-    job = ToHf(checkpoints / name / "policy", template, options.out)
-    _closing(_convert(job, options), time.monotonic() - begin)
+    alone = argparse.Namespace(node_rank=0, num_nodes=1, head_ip="", timeout=600.0, workers=workers)
+    return _convert(ToHf(found.folder / "policy", template, out), alone)
 
 
 def _kept(checkpoints: Path) -> str:

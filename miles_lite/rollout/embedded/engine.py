@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from miles_lite.cluster.actor import Remote, call_all
@@ -107,6 +108,11 @@ class EmbeddedEngine:
 
     def begin_sync(self, version: int) -> None:
         """Nothing to tell: the ranks take buckets at any time."""
+
+    def load_hf(self, folder: Path) -> None:
+        """Serve the weights of an HF folder, as version 0; instead of a sync."""
+        call_all(self.ranks, "load_hf", folder, deadline_s=self.deadline_s)
+        self.commit(0)
 
     def commit(self, version: int) -> None:
         call_all(self.ranks, "set_version", version, deadline_s=self.deadline_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms
 from miles_lite.rollout.embedded.model import Model
 from miles_lite.rollout.embedded.options import EngineOptions
-from miles_lite.rollout.embedded.serve import ABORT, STOP, Done, Server
+from miles_lite.rollout.embedded.serve import ABORT, STOP, Done, Listener, Server
 from miles_lite.types import Request
 from miles_lite.weights.hf import HfCheckpoint
 from miles_lite.weights.plan import Route
@@ -42,6 +42,12 @@ class EngineRank:
         self._store = open_store(host, 0, True, self.options.timeout_s)
         return f"{host}:{self._store.port}"
 
+    def follow(self, listener: Listener) -> None:
+        """Before connect: tell it every token as it is drawn. There is then nothing to poll."""
+        if self.dims.dp > 1:
+            raise ValueError(f"dp = {self.dims.dp}: rank 0 draws for its own group only")
+        self.server.listener = listener
+
     def connect(self, address: str) -> None:
         """Meet the other ranks at host:port and begin to serve. All ranks call it together."""
         if self._store is None and self.dims.tp > 1:
@@ -62,6 +68,10 @@ class EngineRank:
     def poll(self, max_wait_s: float) -> Done:
         """(uid, completion) of what finished since the last call; waits for at least one."""
         return self.server.take(max_wait_s)
+
+    def cancel(self, uids: Iterable[int]) -> None:
+        """End these requests, which come out with Finish.abort unless they are over already."""
+        self.server.put(frozenset(uids))
 
     def abort(self) -> None:
         """End everything submitted so far; it comes out of poll with Finish.abort."""

@@ -24,8 +24,7 @@ def draw(
     likeliest token; its log-prob is that of temperature 1.
     """
     device = logits_S_V.device
-    temperature = torch.tensor([s.temperature or 1.0 for s in samplings], device=device)
-    logprobs = torch.log_softmax(logits_S_V.float() / temperature[:, None], -1)
+    logprobs = _logprobs(logits_S_V, samplings)
     is_greedy = [s.temperature == 0 for s in samplings]
     if all(is_greedy):
         tokens = logits_S_V.argmax(-1)
@@ -35,6 +34,24 @@ def draw(
             greedy = torch.tensor(is_greedy, device=device)
             tokens = torch.where(greedy, logits_S_V.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def likeliest(
+    logits_S_V: Tensor, samplings: Sequence[Sampling]
+) -> list[Sequence[tuple[int, float]]]:
+    """Of each sequence the `top_logprobs` likeliest tokens with their log-probs, as in `draw`."""
+    top = _logprobs(logits_S_V, samplings).topk(max(s.top_logprobs for s in samplings))
+    return [
+        list(zip(tokens, logprobs, strict=True))[: sampling.top_logprobs]
+        for tokens, logprobs, sampling in zip(
+            top.indices.tolist(), top.values.tolist(), samplings, strict=True
+        )
+    ]
+
+
+def _logprobs(logits_S_V: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    temperature = torch.tensor([s.temperature or 1.0 for s in samplings], device=logits_S_V.device)
+    return torch.log_softmax(logits_S_V.float() / temperature[:, None], -1)
 
 
 def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:

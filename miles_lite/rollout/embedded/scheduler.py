@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -18,6 +18,7 @@ class Running:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     routing: bytearray = field(default_factory=bytearray)  # of the tokens read so far, if wanted
+    likeliest: Sequence[tuple[int, float]] = ()  # tokens and log-probs beside the last one drawn
     finish: Finish | None = None
 
     @property
@@ -109,8 +110,18 @@ class Scheduler:
         for sequence, token, logprob in zip(plan.sequences, tokens, logprobs, strict=True):
             sequence.append(token, logprob)
         finished = [sequence for sequence in plan.sequences if sequence.finish]
-        if not finished:
-            return [], []
+        return finished, self._close_ranks() if finished else []
+
+    def cancel(self, uids: Collection[int]) -> tuple[list[Running], list[tuple[int, int]]]:
+        """Give up these requests, with what they have; some may be gone already. As `advance`."""
+        given_up = [s for s in (*self.running, *self.waiting) if s.request.uid in uids]
+        for sequence in given_up:
+            sequence.finish = Finish.abort
+        self.waiting = deque(s for s in self.waiting if not s.finish)
+        return given_up, self._close_ranks()
+
+    def _close_ranks(self) -> list[tuple[int, int]]:
+        """Drop what has ended; the last slots move into the holes: (from, to) pairs."""
         num_left = sum(1 for sequence in self.running if not sequence.finish)
         holes = [slot for slot in range(num_left) if self.running[slot].finish]
         movers = [
@@ -120,7 +131,7 @@ class Scheduler:
         for source, target in moves:
             self.running[target] = self.running[source]
         del self.running[num_left:]
-        return finished, moves
+        return moves
 
     def abort(self) -> list[Running]:
         """Give up everything, with what it has."""

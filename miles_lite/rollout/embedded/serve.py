@@ -2,11 +2,11 @@
 
 Every step begins with a header, one small sum over all ranks:
 
-    [bytes of new requests, abort and stop flags, tokens of each dp group, bytes of its results]
+    [bytes of news, abort and stop flags, tokens of each dp group, bytes of its results]
 
 Only rank 0 hears from outside. It deals new requests out to dp groups by least load and broadcasts
-them; they take part from the next step on. So the schedule follows from the submissions alone.
-Groups send what they finished to rank 0 after the header that announced it.
+them, with the uids to give up; they take part from the next step on. So the schedule follows from
+the submissions alone. Groups send what they finished to rank 0 after the header that announced it.
 
 With nothing to do, rank 0 sleeps on its inbox and the others in the header's collective. Rank 0
 sends an empty header every quarter of `timeout_s`, so the collective timeout bounds how long a dead
@@ -19,10 +19,10 @@ import pickle
 import queue
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,7 +32,7 @@ from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, Store
 from miles_lite.rollout.embedded.model import Model, Step
 from miles_lite.rollout.embedded.options import EngineOptions
-from miles_lite.rollout.embedded.sampler import draw
+from miles_lite.rollout.embedded.sampler import draw, likeliest
 from miles_lite.rollout.embedded.scheduler import Plan, Running, Scheduler
 from miles_lite.types import NO_ROUTING, Completion, Request, Routing
 
@@ -46,7 +46,20 @@ class Inbox:
     """What rank 0 heard from outside since the last step; empty on other ranks."""
 
     requests: list[Request] = field(default_factory=list)
+    cancelled: set[int] = field(default_factory=set)  # uids
     flags: int = 0
+
+
+class Listener(Protocol):
+    """Hears of every token as it is drawn, on the serving thread: it must not wait."""
+
+    def stepped(self, sequences: Sequence[Running]) -> None:
+        """Each has one more token; or was given up (Finish.abort) and has not."""
+        ...
+
+    def failed(self, reason: str) -> None:
+        """Nothing is served any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -79,7 +92,8 @@ class Server:
         self.version = -1
         self.scheduler = Scheduler(options.max_running, options.prefill_tokens)
         self.failure = ""
-        self._inbox: queue.SimpleQueue[list[Request] | int] = queue.SimpleQueue()
+        self.listener: Listener | None = None  # then there is nothing to take
+        self._inbox: queue.SimpleQueue[list[Request] | frozenset[int] | int] = queue.SimpleQueue()
         self._mail = threading.Condition()  # guards the two below
         self._done: Done = []
         self._turn = 0  # counts submissions and polls; a poll that is not the latest takes nothing
@@ -95,8 +109,8 @@ class Server:
         self._store = store
         self._thread.start()
 
-    def put(self, message: list[Request] | int) -> None:
-        """Requests, ABORT or STOP, for the next step. Rank 0 only."""
+    def put(self, message: list[Request] | frozenset[int] | int) -> None:
+        """Requests, uids to give up, ABORT or STOP, for the next step. Rank 0 only."""
         self.check()
         self._next_turn()
         self._inbox.put(message)
@@ -162,20 +176,27 @@ class Server:
         inbox = self._read_inbox() if self.rank == 0 else Inbox()
         with self._state:
             plan = self.scheduler.plan()
-        requests = pickle.dumps([(self._load.assign(r), r) for r in inbox.requests])
+        dealt = [(self._load.assign(request), request) for request in inbox.requests]
+        requests = pickle.dumps((dealt, inbox.cancelled))
         results = pickle.dumps(self._unsent)
         header = self._exchange(inbox, plan, len(requests), len(results))
         num_bytes, flags, counts, sizes = header[0], header[1], *_halves(header[2:])
+        cancelled: Collection[int] = ()
         with self._state:
             if num_bytes:
-                dealt = pickle.loads(self.comms.control.broadcast(requests, num_bytes))
+                dealt, cancelled = pickle.loads(self.comms.control.broadcast(requests, num_bytes))
                 mine = self.dims.dp_rank(self.rank)
                 self.scheduler.add(request for group, request in dealt if group == mine)
             self._collect(results, sizes)
             if flags & ABORT:
-                self._finish(self.scheduler.abort())
+                self._give_up(self.scheduler.abort())
             elif any(counts):
                 self._finish(self._forward(plan, counts))
+            if cancelled:  # after the step, whose plan has them in it
+                given_up, moves = self.scheduler.cancel(cancelled)
+                if self.cache is not None:
+                    self.cache.move(moves)
+                self._give_up(given_up)
             self._state.notify_all()
         return not flags & STOP
 
@@ -189,7 +210,10 @@ class Server:
                 if isinstance(message, int):
                     inbox.flags = message
                     break
-                inbox.requests.extend(message)
+                if isinstance(message, frozenset):
+                    inbox.cancelled |= message
+                else:
+                    inbox.requests.extend(message)
                 message = self._inbox.get_nowait()
         except queue.Empty:
             pass
@@ -200,7 +224,7 @@ class Server:
     ) -> list[int]:
         """The header, summed over ranks: each number has one rank that fills it in."""
         header = [0] * (2 + 2 * self.dims.dp)
-        if self.rank == 0 and inbox.requests:
+        if self.rank == 0 and (inbox.requests or inbox.cancelled):
             header[0] = request_bytes
         header[1] = inbox.flags
         if self.dims.attn_tp_rank(self.rank) == 0:
@@ -233,16 +257,25 @@ class Server:
         if chosen:
             plan.book_routing(self._to_host(chosen))
         sequences = plan.sequences
-        drawn = draw(
-            logits, [s.request.sampling for s in sequences], [s.position for s in sequences]
-        )
+        samplings = [s.request.sampling for s in sequences]
+        drawn = draw(logits, samplings, [s.position for s in sequences])
         tokens, logprobs = torch.stack([part.double() for part in drawn]).tolist()  # the one sync
         for sequence, logprob in zip(sequences, logprobs, strict=True):
             if logprob != logprob:
                 raise RuntimeError(f"logits of request {sequence.request.uid} are not finite")
+        if any(sampling.top_logprobs for sampling in samplings):
+            for sequence, top in zip(sequences, likeliest(logits, samplings), strict=True):
+                sequence.likeliest = top
         finished, moves = self.scheduler.advance(plan, [int(t) for t in tokens], logprobs)
         self.cache.move(moves)
+        if self.listener:
+            self.listener.stepped(sequences)
         return finished
+
+    def _give_up(self, sequences: Sequence[Running]) -> None:
+        if self.listener and sequences:
+            self.listener.stepped(sequences)
+        self._finish(sequences)
 
     def _to_host(self, chosen: Sequence[torch.Tensor]) -> memoryview:
         """Bytes of [T, L, K], as `Routing` wants them."""
@@ -277,6 +310,8 @@ class Server:
     def _deliver(self, done: Done) -> None:
         for uid, _ in done:
             self._load.release(uid)
+        if self.listener:
+            return
         with self._mail:
             self._done.extend(done)
             self._mail.notify_all()
@@ -295,6 +330,8 @@ class Server:
         except Exception:  # the store went with rank 0; our own text stands
             pass
         self.failure = text
+        if self.listener:
+            self.listener.failed(text)
         with self._mail:
             self._mail.notify_all()
         with self._state:

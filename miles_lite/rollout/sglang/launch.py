@@ -47,6 +47,14 @@ class Launch:
     env: Mapping[str, str]  # all of it
     request: str  # what it reads from its standard input: a line with options and the API key
 
+    @classmethod
+    def of(
+        cls, python: str, env: Mapping[str, str], options: Mapping[str, object], api_key: str
+    ) -> Launch:
+        """python: interpreter that has sglang, "" for this one; api_key: "" for none."""
+        argv = (python or sys.executable, "-m", "miles_lite.rollout.sglang.server")
+        return cls(argv, env, json.dumps({"options": options, "api_key": api_key}))
+
     def start(self, output: IO[bytes] | int | None = None) -> subprocess.Popen[bytes]:
         """The server and its children die when `stdin` of the returned process is closed, so also
         when this process ends, in whatever way. `output` takes their stdout and stderr."""
@@ -79,11 +87,7 @@ def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
         env = interface_env(place.host) | env
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
-    return Launch(
-        argv=(spec.python or sys.executable, "-m", "miles_lite.rollout.sglang.server"),
-        env=env,
-        request=json.dumps({"options": chosen, "api_key": api_key}),
-    )
+    return Launch.of(spec.python, env, chosen, api_key)
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:

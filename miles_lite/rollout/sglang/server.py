@@ -44,8 +44,9 @@ def main() -> None:
     load_plugins()
     arguments = server_args(request["options"])
     # not through the command-line parser: SGLang keeps those words and tells them to clients
-    arguments.api_key = request["api_key"]
-    _redact(request["api_key"])
+    if request["api_key"]:
+        arguments.api_key = request["api_key"]
+        _redact(request["api_key"])
     try:
         run_server(arguments)
     finally:

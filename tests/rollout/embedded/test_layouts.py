@@ -83,6 +83,15 @@ def test_every_layout_draws_the_same(
             assert completion.logprobs == pytest.approx(expected[uid].logprobs, abs=1e-3)
     # a lone request leaves the other groups without tokens
     assert finish(pool, REQUESTS[:1])[0].tokens == expected[0].tokens
+    # nor do requests that are given up while they run disturb any
+    endless = replace(GREEDY, max_new_tokens=80)
+    pool.call(0, "submit", [Request(uid, (uid, 5), endless) for uid in (100, 101, 102)])
+    pool.call(0, "submit", REQUESTS)
+    pool.call(0, "cancel", [100, 101, 102])
+    for uid, completion in collect(pool, len(REQUESTS) + 3).items():
+        wanted = expected[uid].finish if uid in expected else Finish.abort
+        assert completion.finish is wanted
+        assert uid not in expected or completion.tokens == expected[uid].tokens
     pool.call_all("enter", Phase.train)
     assert all(held["cache"] == 0 for held in pool.call_all("held_bytes"))
     pool.call_all("close")

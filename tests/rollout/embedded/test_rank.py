@@ -99,6 +99,24 @@ def test_stop_token_ends_a_completion_and_is_its_last_token(start: StartRank):
     assert len(cut.logprobs) == len(cut.tokens)
 
 
+def test_cancelled_requests_do_not_disturb_the_others(start: StartRank):
+    endless = [Request(uid, (uid, 3), replace(GREEDY, max_new_tokens=90)) for uid in (20, 21, 22)]
+    expected = run(start(max_running=16), requests(max_new_tokens=40))
+    rank = start(max_running=16)
+    rank.submit([*requests(max_new_tokens=40), *endless])
+    rank.cancel([20, 22])
+    done = drain(rank, len(LENGTHS) + 3)
+    assert [done[uid].finish for uid in (20, 21, 22)] == [
+        Finish.abort,
+        Finish.length,
+        Finish.abort,
+    ]
+    for uid, completion in expected.items():
+        assert done[uid].tokens == completion.tokens
+    rank.cancel([21, 22, 99])  # over already, or never heard of
+    assert run(rank, [Request(30, (1, 2), GREEDY)])[30].finish is Finish.length
+
+
 def test_abort_returns_what_there_is(start: StartRank):
     rank = start(max_running=2, max_seq_len=100_000)
     endless = replace(GREEDY, max_new_tokens=90_000)

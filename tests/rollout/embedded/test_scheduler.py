@@ -66,3 +66,19 @@ def test_finishes():
         (2, 0, Finish.abort),
     ]
     assert scheduler.idle
+
+
+def test_cancelled_requests_leave_no_holes():
+    scheduler = Scheduler(max_running=4, prefill_tokens=100)
+    scheduler.add([request(uid, 4) for uid in range(6)])
+    plan = scheduler.plan()
+    scheduler.advance(plan, [1] * 4, [0.0] * 4)
+    given_up, moves = scheduler.cancel({0, 2, 5, 77})
+    assert [(s.request.uid, s.finish, len(s.tokens)) for s in given_up] == [
+        (0, Finish.abort, 1),
+        (2, Finish.abort, 1),
+        (5, Finish.abort, 0),
+    ]
+    assert moves == [(3, 0)]
+    assert [s.request.uid for s in scheduler.running] == [3, 1]
+    assert [s.request.uid for s in scheduler.waiting] == [4]
