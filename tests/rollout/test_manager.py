@@ -38,6 +38,7 @@ class SeededEngine:
 
     def __init__(self, name: str, *, version: int = 5, finish: Finish = Finish.stop) -> None:
         self.name, self.version, self.finish = name, version, finish
+        self.can_score = False
         self.experts: tuple[int, ...] = ()  # of every token in every layer with experts
         self.forgotten = 0  # tokens of the last answers whose routing is missing
         self.stuck = False

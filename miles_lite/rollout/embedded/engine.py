@@ -24,6 +24,8 @@ class EmbeddedEngine:
     is scheduled the same way every time.
     """
 
+    can_score = True
+
     def __init__(
         self,
         name: str,

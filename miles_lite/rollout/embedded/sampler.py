@@ -14,26 +14,36 @@ from torch import Tensor
 
 from miles_lite.types import Sampling
 
+DRAW = -1  # in place of a token that is given
+
 
 def draw(
-    logits_S_V: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
+    logits_S_V: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [S] and their log-probs [S] before top-k and top-p, at the request's temperature.
 
     positions: of the drawn token in its sequence, prompt included. Temperature 0 takes the
-    likeliest token; its log-prob is that of temperature 1.
+    likeliest token; its log-prob is that of temperature 1. `given` [S] are taken instead of drawn,
+    where they are not DRAW.
     """
     device = logits_S_V.device
     temperature = torch.tensor([s.temperature or 1.0 for s in samplings], device=device)
     logprobs = torch.log_softmax(logits_S_V.float() / temperature[:, None], -1)
     is_greedy = [s.temperature == 0 for s in samplings]
-    if all(is_greedy):
+    if given is not None and bool((given != DRAW).all()):
+        tokens = given
+    elif all(is_greedy):
         tokens = logits_S_V.argmax(-1)
     else:
         tokens = _invert_cdf(logprobs.exp(), samplings, positions)
         if any(is_greedy):
             greedy = torch.tensor(is_greedy, device=device)
             tokens = torch.where(greedy, logits_S_V.argmax(-1), tokens)
+    if given is not None:
+        tokens = torch.where(given == DRAW, tokens, given)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 

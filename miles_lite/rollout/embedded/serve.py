@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, Store
 from miles_lite.rollout.embedded.model import Model, Step
 from miles_lite.rollout.embedded.options import EngineOptions
-from miles_lite.rollout.embedded.sampler import draw
+from miles_lite.rollout.embedded.sampler import DRAW, draw
 from miles_lite.rollout.embedded.scheduler import Plan, Running, Scheduler
 from miles_lite.types import NO_ROUTING, Completion, Request, Routing
 
@@ -232,12 +233,19 @@ class Server:
             return []
         if chosen:
             plan.book_routing(self._to_host(chosen))
-        sequences = plan.sequences
+        owners = plan.owners
+        given = None
+        if any(s.request.scored for s in plan.sequences):
+            answers = [s.request.scored or (DRAW,) for s in plan.sequences]
+            given = torch.tensor(list(chain.from_iterable(answers)), device=self.device)
         drawn = draw(
-            logits, [s.request.sampling for s in sequences], [s.position for s in sequences]
+            logits,
+            [s.request.sampling for s in owners],
+            [s.position for s in owners],
+            given,
         )
         tokens, logprobs = torch.stack([part.double() for part in drawn]).tolist()  # the one sync
-        for sequence, logprob in zip(sequences, logprobs, strict=True):
+        for sequence, logprob in zip(owners, logprobs, strict=True):
             if logprob != logprob:
                 raise RuntimeError(f"logits of request {sequence.request.uid} are not finite")
         finished, moves = self.scheduler.advance(plan, [int(t) for t in tokens], logprobs)

@@ -40,6 +40,9 @@ LOADER = "miles_lite.rollout.sglang.loader.receive"  # runs in SGLang's processe
 class SGLangEngine:
     """Implements protocols.Engine over the actors of one engine, in rank order."""
 
+    # its server tells log-probs of input tokens at temperature 1, whatever the request's is
+    can_score = False
+
     def __init__(
         self,
         name: str,
