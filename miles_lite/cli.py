@@ -22,6 +22,8 @@ miles-lite plan experiment=NAME [key=value ...]    memory, time and traffic of a
 miles-lite reward-audit experiment=NAME [...]      what the reward says of right, wrong, cut and
                                                    hostile answers in the model's own format
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
+miles-lite drift RUN[@STEP]                        why engine and trainer differ: parts, causes and
+                                                   the first layer, on one answer of a checkpoint
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
 
@@ -43,6 +45,7 @@ def run(words: Sequence[str]) -> int:
         "reward-audit": _reward_audit,
         "convert": _convert,
         "export": _export,
+        "drift": _drift,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -97,6 +100,12 @@ def _export(words: Sequence[str]) -> None:
     from miles_lite.weights import convert_command
 
     convert_command.export(words)
+
+
+def _drift(words: Sequence[str]) -> None:
+    from miles_lite.drift import command
+
+    command.run(words)
 
 
 def _reward_audit(overrides: Sequence[str]) -> None:

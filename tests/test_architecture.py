@@ -24,7 +24,7 @@ LEVELS = (
     "trainer rollout run report console summary alarms",
     "planner",
     "build",
-    "resume",
+    "resume drift",
     "train evaluate",
     "cli",
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from miles_lite.checkpoints import read_checkpoint
+from miles_lite.checkpoints import Checkpoint, read_checkpoint
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.orphan import die_with
 from miles_lite.weights.checksum import file_digest
@@ -59,9 +59,23 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(words)
-    folder, _, step = options.run.partition("@")
-    if Path(options.run).is_dir():  # whatever it is called
-        folder, step = options.run, ""
+    found = open_checkpoint(options.run)
+    begin = time.monotonic()
+    _closing(export_hf(found, options.out, options.workers), time.monotonic() - begin)
+
+
+def export_hf(found: Checkpoint, out: Path, workers: int) -> list[Report]:
+    """Write the policy of a run's checkpoint as an HF folder."""
+    alone = argparse.Namespace(workers=workers, node_rank=0, num_nodes=1, head_ip="", timeout=600.0)
+    template = Path(found.state["config"]["model"]["path"])
+    return _convert(ToHf(found.folder / "policy", template, out), alone)
+
+
+def open_checkpoint(run: str) -> Checkpoint:
+    """Of RUN or RUN@STEP. ValueError says what there is."""
+    folder, _, step = run.partition("@")
+    if Path(run).is_dir():  # whatever it is called
+        folder, step = run, ""
     checkpoints = Path(folder) / "checkpoints"
     tracker = checkpoints / "latest"
     if not tracker.is_file():
@@ -70,17 +84,12 @@ def export(words: Sequence[str]) -> None:
     if not (checkpoints / name / "manifest.json").is_file():
         raise ValueError(f"{checkpoints} has no {name}; there are {_kept(checkpoints)}")
     try:
-        found = read_checkpoint(checkpoints / name, _digests)
+        return read_checkpoint(checkpoints / name, _digests)
     except ValueError as error:
         raise ValueError(
             f"{checkpoints / name} is damaged: {error}; RUN@STEP takes another one of "
             f"{_kept(checkpoints)}"
         ) from None
-    template = Path(found.state["config"]["model"]["path"])
-    options.node_rank, options.num_nodes, options.head_ip, options.timeout = 0, 1, "", 600.0
-    begin = time.monotonic()
-    job = ToHf(checkpoints / name / "policy", template, options.out)
-    _closing(_convert(job, options), time.monotonic() - begin)
 
 
 def _kept(checkpoints: Path) -> str:

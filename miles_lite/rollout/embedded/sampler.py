@@ -49,7 +49,7 @@ def draw(
 
 def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
     if any(s.top_k or s.top_p < 1 for s in samplings):
-        probs = probs * _kept(probs, samplings)
+        probs = probs * kept(probs, samplings)
     # fp64: a running sum over 10^5 tokens in fp32 would misplace the rare ones
     cdf = probs.cumsum(-1, dtype=torch.float64)
     noise = torch.from_numpy(uniform([s.seed for s in samplings], positions)).to(probs.device)
@@ -58,7 +58,7 @@ def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequenc
     return tokens.clamp(max=probs.shape[1] - 1)
 
 
-def _kept(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def kept(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Tokens [S, V] in the top k and, of the distribution over those, in the smallest top set of
     mass top_p. The likeliest token always stays; of equal ones the lower id counts as likelier."""
     device, vocab = probs.device, probs.shape[1]
