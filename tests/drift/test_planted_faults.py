@@ -277,3 +277,20 @@ def test_what_a_top_p_costs_is_the_mass_it_leaves(found: dict[str, Any]) -> None
     assert found["top-p"].causes[0].size == pytest.approx(
         -float(evidence.log_kept.mean()), rel=0.01
     )
+
+
+def test_a_run_that_had_other_log_probs_than_its_checkpoint_gives(found: dict[str, Any]) -> None:
+    """Its engine missed an update, then, or was set up otherwise: this one was not."""
+    sound = found["nothing"].evidence
+    for shift, name in ((0.0, "rounding"), (0.1, "weights or settings of the run's engine")):
+        then = replace(sound, saved=(sound.prefilled + shift, sound.prefilled))
+        (cause,) = attribute(then, ROUNDING["fp32"])
+        assert cause.name == name
+
+
+def test_routes_that_flip_behind_a_wrong_layer_are_no_cause_of_their_own(
+    found: dict[str, Any],
+) -> None:
+    for fault in ("scaling factor", "dt clamp"):
+        assert any(layer.flips for layer in found[fault].evidence.layers)
+    assert max(layer.mean for layer in found["router"].evidence.layers) < 1e-4  # replayed
