@@ -90,10 +90,13 @@ class Engine(Resident, Protocol):
 
     name: str
     version: int  # of the weights it serves; -1 before the first commit
-    can_score: bool  # whether `generate` takes requests with an answer to score
 
     async def generate(self, request: Request) -> Completion:
         """Draw one completion. A uid is used once in an engine's life. Raises EngineError."""
+        ...
+
+    def can_score(self, temperature: float) -> bool:
+        """Whether `generate` takes requests with an answer to score."""
         ...
 
     async def abort(self) -> None:

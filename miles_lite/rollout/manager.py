@@ -132,7 +132,8 @@ class RolloutManager:
 
     def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
         """See protocols.Rollout. The samples are spread over the engines."""
-        if not samples or not all(engine.can_score for engine in self.engines):
+        temperature = self._settings.sampling.temperature
+        if not samples or not all(engine.can_score(temperature) for engine in self.engines):
             return None
         draw = self._new_draw(self._settings.sampling, 1, "", resample=False)
 

@@ -38,7 +38,6 @@ class SeededEngine:
 
     def __init__(self, name: str, *, version: int = 5, finish: Finish = Finish.stop) -> None:
         self.name, self.version, self.finish = name, version, finish
-        self.can_score = False
         self.experts: tuple[int, ...] = ()  # of every token in every layer with experts
         self.forgotten = 0  # tokens of the last answers whose routing is missing
         self.stuck = False
@@ -56,6 +55,9 @@ class SeededEngine:
         num_tokens = len(request.tokens) + 3 - (self.num_served > 3) * self.forgotten
         routing = np.broadcast_to(self.experts, (num_tokens, ROUTERS.num_layers, ROUTERS.top_k))
         return replace(completion, routing=ROUTERS.pack(routing))
+
+    def can_score(self, temperature: float) -> bool:
+        return False
 
     async def abort(self) -> None:
         self.num_aborts += 1

@@ -24,8 +24,6 @@ class EmbeddedEngine:
     is scheduled the same way every time.
     """
 
-    can_score = True
-
     def __init__(
         self,
         name: str,
@@ -66,6 +64,9 @@ class EmbeddedEngine:
             ) from None
         finally:
             self._futures.pop(request.uid, None)
+
+    def can_score(self, temperature: float) -> bool:
+        return True
 
     async def abort(self) -> None:
         """End all unfinished requests and wait until they have resolved."""
