@@ -52,6 +52,7 @@ class Parts:
     eval_sets: Sequence[EvalSet]
     credit: CreditSettings
     packing: PackSettings
+    num_probes: int  # samples of a step whose drift is split into parts
     expected: Expected
 
 
@@ -149,6 +150,7 @@ def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
             eval_sets=_eval_sets(cfg, inputs),
             credit=CreditSettings.of(cfg),
             packing=PackSettings.of(cfg, partial(train_flops, inputs.model)),
+            num_probes=cfg.rollout.drift_samples,
             expected=expected,
         )
 

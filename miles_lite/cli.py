@@ -26,6 +26,8 @@ miles-lite reward-audit experiment=NAME [...]      what the reward says of right
 miles-lite launch head|worker IP [...]             a run on many hosts, see launch --help
 miles-lite report RUN [RUN2 ...] [--open]          curves, times, waste, samples: one HTML file
 miles-lite export RUN[@STEP] --out DIR             a checkpoint of a run as an HF folder
+miles-lite drift RUN[@STEP]                        why engine and trainer differ: parts, causes and
+                                                   the first layer, on one answer of a checkpoint
 miles-lite convert hf-to-dist --hf DIR --out DIR   HF to Megatron torch_dist; also dist-to-hf and
                                                    verify, see convert --help
 miles-lite wandb-dashboard --project P --entity E  a W&B workspace for the runs of a project
@@ -62,6 +64,7 @@ def run(words: Sequence[str]) -> int:
         "eval": _eval,
         "samples": _samples,
         "replay": _replay,
+        "drift": _drift,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -163,6 +166,12 @@ def _replay(words: Sequence[str]) -> None:
 
 def _serve(words: Sequence[str]) -> None:
     from miles_lite.serve import command
+
+    command.run(words)
+
+
+def _drift(words: Sequence[str]) -> None:
+    from miles_lite.drift import command
 
     command.run(words)
 

@@ -242,10 +242,12 @@ class RolloutConfig:
     dynamic_sampling: bool = False  # DAPO: replace groups whose rewards are all equal
     over_sampling: int = 0  # prompts asked at once for that, >= num_prompts; 0: num_prompts
     timeout_s: float = 1800.0  # of the whole generate phase
+    drift_samples: int = 4  # a step, whose drift is split into parts; 0 leaves it whole
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         positive(self, "max_response_tokens")
+        not_negative(self, "drift_samples")
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigError(
                 f"top_p = {self.top_p}, top_k = {self.top_k}: wanted 0 < top_p <= 1 and top_k >= 0"

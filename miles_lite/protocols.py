@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from miles_lite.types import Batch, Completion, Group, Prompt, Request, Verdict
+from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Verdict
 
 Metrics = dict[str, float]
 
@@ -95,6 +95,10 @@ class Engine(Resident, Protocol):
         """Draw one completion. A uid is used once in an engine's life. Raises EngineError."""
         ...
 
+    def can_score(self, temperature: float) -> bool:
+        """Whether `generate` takes requests with an answer to score."""
+        ...
+
     async def abort(self) -> None:
         """End all unfinished requests; they resolve with Finish.abort and what they have."""
         ...
@@ -155,6 +159,11 @@ class Rollout(Resident, Protocol):
 
     version: int
     engines: Sequence[Engine]
+
+    def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
+        """What a prefill makes of the answers of `samples`, in the place of the log-probs and
+        routing that decoding them had; None where an engine cannot tell."""
+        ...
 
     def progress(self) -> str:
         """How far the running call is and which engines owe answers, in words; "" without one. Any

@@ -7,6 +7,7 @@ import time
 from miles_lite import resume
 from miles_lite.alarms import AlarmError, Alarms, Limits
 from miles_lite.algo.credit import rollout_metrics, to_sequences
+from miles_lite.algo.drift_parts import drift_parts, spread
 from miles_lite.algo.packing import pack, packing_metrics
 from miles_lite.build import Parts
 from miles_lite.cluster.actor import waited_for
@@ -43,6 +44,8 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if _due(step, cfg.eval.every) or step == 0:
             _evaluate(run, step, parts, console)
         drawn = rollout.generate(parts.prompts)
+        probed = spread(drawn.groups, parts.num_probes)
+        prefilled = rollout.rescore(list(probed.values()))
         sequences = to_sequences(drawn.groups, parts.credit)
         batch = pack(sequences, parts.packing)
         metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences)
@@ -54,6 +57,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if _due(step + 1, cfg.algo.ref_update_interval):
             trainer.refresh_reference()
         metrics |= result.metrics
+        metrics |= drift_parts(probed, prefilled, result.logprobs, rollout.version)
         metrics["train/step"] = float((step + 1) * len(batch.updates) - 1)  # counts updates
 
         console.phase("sync")

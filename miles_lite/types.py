@@ -47,11 +47,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an engine is asked for: one completion of one prompt."""
+    """What an engine is asked for: one completion of one prompt; or what it thinks of one."""
 
     uid: int  # unique within an engine's life
     tokens: tuple[int, ...]
     sampling: Sampling
+    # an answer to be read in one prefill instead of drawn: it comes back with the log-probs that
+    # it has so; max_new_tokens is its length
+    scored: tuple[int, ...] = ()
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What is prefilled. The last token of an answer is never read."""
+        return self.tokens + self.scored[:-1]
 
 
 @dataclass(frozen=True, slots=True)

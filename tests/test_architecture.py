@@ -24,7 +24,7 @@ LEVELS = (
     "trainer rollout run console summary alarms dashboard",
     "planner report",
     "build serve",
-    "resume",
+    "resume drift",
     "train evaluate samples replay doctor launch",
     "cli",
 )

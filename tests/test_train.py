@@ -40,6 +40,8 @@ train/train_rollout_logprob_abs_diff train/train_rollout_kl train/grad_norm trai
 train/nonfinite_logprobs train/step train/first_log_ratio_max
 perf/rollout_time perf/step_time perf/train_time perf/log_probs_time perf/actor_train_time
 perf/actor_train_tok_per_s perf/update_weights_time perf/rollout_tokens_per_s
+drift/decode_vs_prefill drift/prefill_vs_trainer drift/decode_vs_trainer drift/decode_shift
+drift/version_gap sync/checksums
 reward/invalid_ratio sync/bytes memory/generate/rollout_cache_bytes memory/train/trainer_grads_bytes
 """.split()
 
@@ -200,6 +202,23 @@ def test_transformers_loads_the_export_and_agrees_with_the_engines(run: Path) ->
         chosen = logp.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
         assert list(sample.logprobs) == pytest.approx(chosen.tolist(), abs=1e-4)
         assert list(sample.tokens) == logp.argmax(-1).tolist()  # evaluation is greedy
+
+
+@pytest.mark.slow
+def test_the_drift_of_a_sound_run_is_rounding(run: Path) -> None:
+    for metrics in (read_metrics(run)[0], read_metrics(run)[1]):
+        assert metrics["drift/decode_vs_trainer"] <= 1e-4 and metrics["drift/version_gap"] == 0
+        assert 0 < metrics["drift/decode_vs_prefill"] <= 1e-4
+    done = subprocess.run(
+        [sys.executable, "-m", "miles_lite.cli", "drift", str(run)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "rounding: " in done.stdout
+    told = json.loads((run / "drift.json").read_text())
+    assert [cause["name"] for cause in told["causes"]] == ["rounding"]
+    assert told["control"] == {"tensors_moved": 0, "logprobs_moved": 0.0}
+    assert told["tensors"]["compared"] > 50 and told["tensors"]["differ"] == []
 
 
 @pytest.mark.slow

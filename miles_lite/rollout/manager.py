@@ -130,6 +130,23 @@ class RolloutManager:
 
         return self._run(all_of_them(), draw)
 
+    def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
+        """See protocols.Rollout. The samples are spread over the engines."""
+        temperature = self._settings.sampling.temperature
+        if not samples or not all(engine.can_score(temperature) for engine in self.engines):
+            return None
+        draw = self._new_draw(self._settings.sampling, 1, "", resample=False)
+
+        async def one(sample: Sample) -> Completion:
+            answer = sample.completion.tokens
+            sampling = replace(draw.sampling, max_new_tokens=len(answer))
+            return await self._complete(sample.prompt, sampling, draw, answer)
+
+        async def all_of_them() -> list[Completion]:
+            return await asyncio.gather(*map(one, samples))
+
+        return self._run(all_of_them(), draw)
+
     def _new_draw(
         self, sampling: Sampling, num_samples: int, purpose: str, resample: bool
     ) -> _Draw:
@@ -225,12 +242,14 @@ class RolloutManager:
             return Sample(prompt, completion, text, _NOT_YET)
         return Sample(prompt, completion, text, await self._rewards.grade(prompt, text))
 
-    async def _complete(self, prompt: Prompt, sampling: Sampling, draw: _Draw) -> Completion:
+    async def _complete(
+        self, prompt: Prompt, sampling: Sampling, draw: _Draw, scored: tuple[int, ...] = ()
+    ) -> Completion:
         # least load first; requests of one turn are all assigned before any is done
         engine = min(self.engines, key=lambda e: draw.unfinished[e.name])
         draw.unfinished[engine.name] += 1
         self._next_uid += 1
-        completion = await engine.generate(Request(self._next_uid, prompt.tokens, sampling))
+        completion = await engine.generate(Request(self._next_uid, prompt.tokens, sampling, scored))
         draw.unfinished[engine.name] -= 1
         self._longest = max(self._longest, len(completion.tokens))
         self._check(engine, prompt, completion, sampling.wants_routing)

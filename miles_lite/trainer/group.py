@@ -153,6 +153,8 @@ class TrainerGroup:
             "sync/bytes_over_hosted": sum(report.num_bytes for report in sent) / self._hosted_bytes,
             "sync/send_time_max": max(report.seconds for report in sent),
             "sync/version": float(version),
+            # all equal, or `compare` would have raised
+            "sync/checksums": float(sum(len(route.copies) for route in self._plan)),
         }
 
     def _make_plan(self, engines: Sequence[Engine], receivers: Sequence[Remote]) -> None:

@@ -61,7 +61,7 @@ def export(words: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(words)
     begin = time.monotonic()
-    reports = _export(find_checkpoint(options.run), options.out, options.workers)
+    reports = export_hf(find_checkpoint(options.run), options.out, options.workers)
     _closing(reports, time.monotonic() - begin)
 
 
@@ -73,7 +73,7 @@ def model_folder(model: str) -> Path:
     found = find_checkpoint(model)
     manifest = file_digest(found.folder / "manifest.json")  # a step may be trained again
     out = found.folder.parent.parent / "exports" / f"{found.folder.name}-{manifest[:8]}"
-    _export(found, out, 1)
+    export_hf(found, out, 1)
     return out
 
 
@@ -98,7 +98,8 @@ def find_checkpoint(run: str) -> Checkpoint:
         ) from None
 
 
-def _export(found: Checkpoint, out: Path, workers: int) -> list[Report]:
+def export_hf(found: Checkpoint, out: Path, workers: int) -> list[Report]:
+    """Write the policy of a run's checkpoint as an HF folder."""
     template = Path(found.state["config"]["model"]["path"])
     alone = argparse.Namespace(node_rank=0, num_nodes=1, head_ip="", timeout=600.0, workers=workers)
     return _convert(ToHf(found.folder / "policy", template, out), alone)

@@ -56,6 +56,9 @@ class SeededEngine:
         routing = np.broadcast_to(self.experts, (num_tokens, ROUTERS.num_layers, ROUTERS.top_k))
         return replace(completion, routing=ROUTERS.pack(routing))
 
+    def can_score(self, temperature: float) -> bool:
+        return False
+
     async def abort(self) -> None:
         self.num_aborts += 1
 

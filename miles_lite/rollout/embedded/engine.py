@@ -66,6 +66,9 @@ class EmbeddedEngine:
         finally:
             self._futures.pop(request.uid, None)
 
+    def can_score(self, temperature: float) -> bool:
+        return True
+
     async def abort(self) -> None:
         """End all unfinished requests and wait until they have resolved."""
         self._adopt_loop()

@@ -40,7 +40,8 @@ class Step:
     pad: Tensor | None  # [U, L] index into T; padding points at token 0; None when decoding
     unpad: Tensor  # [T] index into U * L
     source: Tensor  # [S] which prompt a slot starts from
-    last: Tensor  # [S] index into T of the token whose successor is drawn
+    last: Tensor  # index into T of each token whose successor is wanted: one of each slot, or
+    # as many as are to be scored
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> Step:
@@ -59,7 +60,9 @@ class Step:
         ends = lens.cumsum(0)
         pad = torch.where(valid, (ends - lens)[:, None] + place, 0)
         source = torch.tensor(plan.source, device=device)
-        last = (ends - 1)[source]
+        wanted = [s.num_wanted for s in plan.sequences]
+        spans = zip(ends[source].tolist(), wanted, strict=True)
+        last = torch.cat([torch.arange(end - n, end) for end, n in spans]).to(device)
         return cls(tokens, slots, lens, max_len, pad, valid.view(-1).nonzero()[:, 0], source, last)
 
 
@@ -67,6 +70,8 @@ class Model:
     """Weights of one rank by name (`layout.params`), and what to do with them."""
 
     comms: Comms  # set once the ranks are connected
+    # called with a layer's number and what it hands on [T, H], and last with the logits
+    watch: Callable[[int, Tensor], None] | None = None
 
     def __init__(self, model: NemotronH, dims: EngineDims, rank: int, dtype: torch.dtype):
         self.config, self.dims, self.rank, self.dtype = model, dims, rank, dtype
@@ -92,7 +97,7 @@ class Model:
         cache: Cache,
         chosen: list[Tensor] | None = None,
     ) -> Tensor | None:
-        """fp32 logits [S, V] of this group's step; None when only other groups have tokens.
+        """fp32 logits [N, V] of this group's step; None when only other groups have tokens.
 
         counts: tokens of every data-parallel group; all ranks call this together.
         chosen: takes the experts [T, K] of this group's tokens, layer by layer.
@@ -108,13 +113,18 @@ class Model:
                 x = x + self._moe(layer, u, counts, chosen)
             elif step is not None:
                 x = x + self.mixers[kind](layer, u, step, cache)
+            if self.watch:
+                self.watch(layer, x)
         if step is None:
             return None
         if step.pad is not None:
             x = x[step.last]
         x = rms_norm(x, w["norm_f"], config.norm_eps)
         shards = self.comms.attn.gather(F.linear(x, w["lm_head"]))
-        return shards.transpose(0, 1).reshape(len(x), -1).float()
+        logits = shards.transpose(0, 1).reshape(len(x), -1).float()
+        if self.watch:
+            self.watch(config.num_layers, logits)
+        return logits
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table, attn = self.weights["embeddings"], self.comms.attn

@@ -37,8 +37,14 @@ class EngineOptions:
                 f"{name} can never fit: {len(prompt)} prompt tokens + max_new_tokens = "
                 f"{sampling.max_new_tokens} exceed max_seq_len = {self.max_seq_len}"
             )
-        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+        if request.scored and len(request.scored) != sampling.max_new_tokens:
             raise ValueError(
-                f"{name} has token ids {min(prompt)} .. {max(prompt)}; vocab_size is "
+                f"{name}: {len(request.scored)} tokens to score and max_new_tokens = "
+                f"{sampling.max_new_tokens}: they must be as many"
+            )
+        tokens = prompt + request.scored
+        if not 0 <= min(tokens) <= max(tokens) < model.vocab_size:
+            raise ValueError(
+                f"{name} has token ids {min(tokens)} .. {max(tokens)}; vocab_size is "
                 f"{model.vocab_size}"
             )

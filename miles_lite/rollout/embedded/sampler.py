@@ -14,25 +14,35 @@ from torch import Tensor
 
 from miles_lite.types import Sampling
 
+DRAW = -1  # in place of a token that is given
+
 
 def draw(
-    logits_S_V: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
+    logits_S_V: Tensor,
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [S] and their log-probs [S] before top-k and top-p, at the request's temperature.
 
     positions: of the drawn token in its sequence, prompt included. Temperature 0 takes the
-    likeliest token; its log-prob is that of temperature 1.
+    likeliest token; its log-prob is that of temperature 1. `given` [S] are taken instead of drawn,
+    where they are not DRAW.
     """
     device = logits_S_V.device
     logprobs = _logprobs(logits_S_V, samplings)
     is_greedy = [s.temperature == 0 for s in samplings]
-    if all(is_greedy):
+    if given is not None and bool((given != DRAW).all()):
+        tokens = given
+    elif all(is_greedy):
         tokens = logits_S_V.argmax(-1)
     else:
         tokens = _invert_cdf(logprobs.exp(), samplings, positions)
         if any(is_greedy):
             greedy = torch.tensor(is_greedy, device=device)
             tokens = torch.where(greedy, logits_S_V.argmax(-1), tokens)
+    if given is not None:
+        tokens = torch.where(given == DRAW, tokens, given)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
@@ -56,7 +66,7 @@ def _logprobs(logits_S_V: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
     if any(s.top_k or s.top_p < 1 for s in samplings):
-        probs = probs * _kept(probs, samplings)
+        probs = probs * kept(probs, samplings)
     # fp64: a running sum over 10^5 tokens in fp32 would misplace the rare ones
     cdf = probs.cumsum(-1, dtype=torch.float64)
     noise = torch.from_numpy(uniform([s.seed for s in samplings], positions)).to(probs.device)
@@ -65,7 +75,7 @@ def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequenc
     return tokens.clamp(max=probs.shape[1] - 1)
 
 
-def _kept(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def kept(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Tokens [S, V] in the top k and, of the distribution over those, in the smallest top set of
     mass top_p. The likeliest token always stays; of equal ones the lower id counts as likelier."""
     device, vocab = probs.device, probs.shape[1]

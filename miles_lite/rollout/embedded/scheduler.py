@@ -26,9 +26,16 @@ class Running:
         """Of the next token to be drawn, in the whole sequence."""
         return len(self.request.tokens) + len(self.tokens)
 
+    @property
+    def num_wanted(self) -> int:
+        """Tokens of the prefill's successors that are wanted: one, or all of an answer to score."""
+        return len(self.request.scored) or 1
+
     def append(self, token: int, logprob: float) -> None:
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.request.scored and len(self.tokens) < self.num_wanted:
+            return  # whatever it holds, all of it is scored
         if token in self.request.sampling.stop_token_ids:
             self.finish = Finish.stop
         elif len(self.tokens) >= self.request.sampling.max_new_tokens:
@@ -47,6 +54,11 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.prompts)) if self.prompts else len(self.sequences)
+
+    @property
+    def owners(self) -> list[Running]:
+        """For each token that the step brings: whose it is."""
+        return [s for s in self.sequences for _ in range(s.num_wanted if self.prompts else 1)]
 
     @property
     def wants_routing(self) -> bool:
@@ -88,7 +100,7 @@ class Scheduler:
         source: list[int] = []
         max_len = 0
         while self.waiting and len(self.running) < self.max_running:
-            prompt = self.waiting[0].request.tokens
+            prompt = self.waiting[0].request.read
             if prompt not in prompts:
                 # the budget counts padding; one prompt is always let in, however long
                 max_len = max(max_len, len(prompt))
@@ -107,7 +119,7 @@ class Scheduler:
         self, plan: Plan, tokens: Sequence[int], logprobs: Sequence[float]
     ) -> tuple[list[Running], list[tuple[int, int]]]:
         """Book what a step drew. Returns who finished and the slots to move: (from, to) pairs."""
-        for sequence, token, logprob in zip(plan.sequences, tokens, logprobs, strict=True):
+        for sequence, token, logprob in zip(plan.owners, tokens, logprobs, strict=True):
             sequence.append(token, logprob)
         finished = [sequence for sequence in plan.sequences if sequence.finish]
         return finished, self._close_ranks() if finished else []

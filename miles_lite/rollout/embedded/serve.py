@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,7 @@ from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, Store
 from miles_lite.rollout.embedded.model import Model, Step
 from miles_lite.rollout.embedded.options import EngineOptions
-from miles_lite.rollout.embedded.sampler import draw, likeliest
+from miles_lite.rollout.embedded.sampler import DRAW, draw, likeliest
 from miles_lite.rollout.embedded.scheduler import Plan, Running, Scheduler
 from miles_lite.types import NO_ROUTING, Completion, Request, Routing
 
@@ -256,20 +257,24 @@ class Server:
             return []
         if chosen:
             plan.book_routing(self._to_host(chosen))
-        sequences = plan.sequences
-        samplings = [s.request.sampling for s in sequences]
-        drawn = draw(logits, samplings, [s.position for s in sequences])
+        owners = plan.owners
+        given = None
+        if any(s.request.scored for s in plan.sequences):
+            answers = [s.request.scored or (DRAW,) for s in plan.sequences]
+            given = torch.tensor(list(chain.from_iterable(answers)), device=self.device)
+        samplings = [s.request.sampling for s in owners]
+        drawn = draw(logits, samplings, [s.position for s in owners], given)
         tokens, logprobs = torch.stack([part.double() for part in drawn]).tolist()  # the one sync
-        for sequence, logprob in zip(sequences, logprobs, strict=True):
+        for sequence, logprob in zip(owners, logprobs, strict=True):
             if logprob != logprob:
                 raise RuntimeError(f"logits of request {sequence.request.uid} are not finite")
         if any(sampling.top_logprobs for sampling in samplings):
-            for sequence, top in zip(sequences, likeliest(logits, samplings), strict=True):
+            for sequence, top in zip(owners, likeliest(logits, samplings), strict=True):
                 sequence.likeliest = top
         finished, moves = self.scheduler.advance(plan, [int(t) for t in tokens], logprobs)
         self.cache.move(moves)
         if self.listener:
-            self.listener.stepped(sequences)
+            self.listener.stepped(plan.sequences)
         return finished
 
     def _give_up(self, sequences: Sequence[Running]) -> None:

@@ -160,13 +160,16 @@ class SGLangEngine:
         dp_rank = self._requests.index(min(self._requests))
         self._requests[dp_rank] += 1
         body = {
-            "input_ids": list(request.tokens),
+            "input_ids": list(request.tokens + request.scored),
             "sampling_params": sampling_params(request.sampling),
             "return_logprob": True,
+            "logprob_start_len": len(request.tokens) - 1 if request.scored else -1,
             "rid": f"{self.name}-{request.uid}".replace(" ", "-"),
             "routed_dp_rank": dp_rank,
             "return_routed_experts": request.sampling.wants_routing,
         }
+        if request.scored:
+            body["sampling_params"]["max_new_tokens"] = 0
         try:
             answer = await self._http.call("/generate", body, self._deadline_s)
         except EngineError:
@@ -178,6 +181,10 @@ class SGLangEngine:
             return completion(answer, self._model, request)
         except ValueError as error:
             raise EngineError(f"{self.name}: request {request.uid}: {error}") from None
+
+    def can_score(self, temperature: float) -> bool:
+        """Its server tells log-probs of input tokens at temperature 1, whatever is asked for."""
+        return temperature == 1
 
     async def abort(self) -> None:
         await self._http.call("/abort_request", {"abort_all": True}, self._deadline_s)
@@ -310,6 +317,9 @@ def completion(answer: Mapping[str, Any], model: NemotronH, request: Request) ->
     """What a `/generate` answer says. Raises ValueError for what no training should see."""
     meta = answer["meta_info"]
     tokens, pairs = answer["output_ids"], meta["output_token_logprobs"]
+    if request.scored:
+        tokens = list(request.scored)
+        pairs = meta["input_token_logprobs"][-len(tokens) :]
     if [token for _, token, *_ in pairs] != tokens:
         raise ValueError(f"{len(tokens)} tokens came with log-probs of {len(pairs)} or of others")
     logprobs = [logprob for logprob, *_ in pairs]

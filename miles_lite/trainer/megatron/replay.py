@@ -119,10 +119,21 @@ class RoutingReplay:
         """Of the passes without training since the last call, by this rank's tokens and layers."""
         if not self._replays:
             return {}
-        differ, compared = torch.stack([replay.flips for replay in self._replays]).sum(0).tolist()
+        differ, compared = map(sum, zip(*self._take_flips(), strict=True))
+        return {FLIP_RATE: Mean(differ, compared)}
+
+    def flips_by_layer(self) -> list[float]:
+        """The same as the share of each layer with experts."""
+        return [differ / max(1, compared) for differ, compared in self._take_flips()]
+
+    def _take_flips(self) -> list[list[int]]:
+        """[layer] of flips and what was compared, since the last call."""
+        if not self._replays:
+            return []
+        counts = torch.stack([replay.flips for replay in self._replays]).tolist()
         for replay in self._replays:
             replay.flips.zero_()
-        return {FLIP_RATE: Mean(differ, compared)}
+        return counts
 
     @property
     def _recomputes(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from miles_lite.config import AlgoConfig
 from miles_lite.metrics import Max, Mean, Partial, Sum, merge
 from miles_lite.trainer.megatron.forward import forward_step, packed
 from miles_lite.trainer.megatron.messages import RankReport
+from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import NonFiniteError, Optimizer
 from miles_lite.trainer.megatron.replay import RoutingReplay
 from miles_lite.trainer.megatron.token_credit import Facts, Known, token_credit
@@ -96,11 +98,34 @@ class Step:
         for frozen, param in zip(self._reference, params, strict=True):
             frozen.copy_(param.data)
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+    def score(
+        self, micro_batches: Sequence[MicroBatch], replayed: bool = False
+    ) -> dict[int, list[float]]:
         """Sample -> log-probs of its response tokens under the policy as it is, its own routing
-        included."""
-        logprobs = _logprobs(self._forward_only(micro_batches))
+        included unless the engine's is replayed."""
+        logprobs = _logprobs(self._forward_only(micro_batches, replayed))
         return _by_sample([micro_batches], [logprobs]) if self._reports else {}
+
+    def look_inside(
+        self, micro_batch: MicroBatch
+    ) -> tuple[list[float], list[torch.Tensor], list[float]]:
+        """With routes replayed: log-probs of the first sequence, fp32 hidden states [T, H] behind
+        each layer, and the share of tokens each router would have sent elsewhere. Of one rank that
+        is the whole trainer."""
+        hidden: list[torch.Tensor] = []
+
+        def keep(module: torch.nn.Module, inputs: object, out: Any) -> None:
+            states = out[0] if isinstance(out, tuple) else out
+            hidden.append(states.detach()[:, 0].float().cpu())
+
+        layers = unwrap(self._ddp).decoder.layers
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            logprobs = self.score([micro_batch], replayed=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logprobs[micro_batch.sequences[0].sample], hidden, self._replay.flips_by_layer()
 
     # -------------------------------------------------------------- forward only
 

@@ -124,6 +124,12 @@ class MegatronWorker:
         """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
         return self._step.score(micro_batches)
 
+    def look_inside(
+        self, micro_batch: MicroBatch
+    ) -> tuple[list[float], list[torch.Tensor], list[float]]:
+        """See Step.look_inside."""
+        return self._step.look_inside(micro_batch)
+
     # ------------------------------------------------------------------ checkpoints
 
     def save(self, folder: Path, asynchronous: bool = False) -> None:
@@ -172,6 +178,10 @@ class MegatronWorker:
 
     def hosted(self) -> list[Hosted]:
         return self._hosted
+
+    def tensor(self, param: str) -> torch.Tensor:
+        """The live storage of a parameter or buffer."""
+        return self._weights[param]
 
     def prepare_sync(self, mine: Sequence[Itinerary], receivers: Sequence[Any]) -> None:
         """Once: the itineraries that start or pass here, and remote handles of all engine ranks."""

@@ -12,13 +12,14 @@ import psutil
 import pytest
 import torch
 
+from miles_lite.algo.drift_parts import flip_rate
 from miles_lite.algo.routing import choices
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.rank import EngineRank
 from miles_lite.rollout.sglang.engine import SGLangEngine
-from miles_lite.types import Completion, Finish, Request
+from miles_lite.types import Completion, Finish, Request, Sampling
 from miles_lite.weights.plan import Copy, Place, Route
 from tests.rollout.embedded.helpers import GREEDY, ONE, SAMPLED, Tiny, build, random_prompt, run
 from tests.rollout.sglang.engines import Trainer, ask, serving, started
@@ -90,6 +91,28 @@ def test_it_says_what_transformers_and_the_embedded_engine_say(pair: Pair, tiny:
         if request.sampling.temperature == 0:
             assert answer.tokens == embedded[request.uid].tokens
             assert answer.logprobs == pytest.approx(embedded[request.uid].logprobs, abs=1e-4)
+
+
+def test_a_prefill_scores_what_was_decoded(pair: Pair, tiny: Tiny) -> None:
+    """With the experts of all tokens, beside requests that draw."""
+    engine, trainer = pair
+    serving(engine, trainer, 7)
+    assert engine.can_score(1.0) and not engine.can_score(0.7)
+    drawing = [r for r in REQUESTS if r.sampling.temperature == 1]
+    drawn = ask(engine, [replace(r, sampling=_telling(r.sampling)) for r in drawing])
+    scoring = [
+        Request(100 + r.uid, r.tokens, _telling(r.sampling, len(answer.tokens)), answer.tokens)
+        for r, answer in zip(drawing, drawn, strict=True)
+    ]
+    scored = ask(engine, [*scoring, REQUESTS[0]])[:-1]
+    for request, before, after in zip(drawing, drawn, scored, strict=True):
+        assert after.tokens == before.tokens and after.version == 7
+        _check_logprobs(tiny, request, after)
+        assert flip_rate(before.routing, after.routing) < 0.1
+
+
+def _telling(sampling: Sampling, max_new_tokens: int = 12) -> Sampling:
+    return replace(sampling, max_new_tokens=max_new_tokens, wants_routing=True)
 
 
 def _check_logprobs(tiny: Tiny, request: Request, answer: Completion) -> None:
