@@ -378,6 +378,7 @@ async function main() {
   $("memory").append(table(tables.memory));
   $("waste").append(table(tables.ledger));
   $("plan").append(table(tables.limits), table(tables.planned));
+  $("drift").append(table(tables.drift), table(tables.causes));
   if (data.runs.length > 1) $("config").append(tables.differences.rows.length ? table(tables.differences) : node("p", {}, "The runs have the same settings and environment."));
   $("config").append(node("details", {}, node("summary", {}, "All settings, and where the runs took place"), table(tables.configuration)));
   if (said.stride > 1) $("curve-grid").before(node("p", { class: "faint" }, `Every ${said.stride}th step is drawn, to keep the file small.`));

@@ -18,7 +18,7 @@ from importlib import resources
 from importlib.util import find_spec
 from typing import Any
 
-from miles_lite.report import names, sections, waste
+from miles_lite.report import drift, names, sections, waste
 from miles_lite.report.runs import RunData
 from miles_lite.report.samples import Chosen, choose
 
@@ -72,6 +72,8 @@ def _data(runs: Sequence[RunData]) -> dict[str, Any]:
         "limits": sections.limits(runs),
         "ledger": waste.ledger(runs),
         "planned": sections.planned(runs),
+        "drift": drift.parts(runs),
+        "causes": drift.causes(runs),
         "differences": sections.differences(runs),
         "configuration": sections.configuration(runs),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class RunData:
     alarms: Sequence[Alarm]
     phases: Mapping[str, PhaseTime]  # as planned; empty if the configuration cannot be planned here
     not_planned: str  # why
+    drift: Mapping[str, Any]  # what the last `miles-lite drift` found; empty without one
 
     @property
     def trained(self) -> dict[int, Metrics]:
@@ -74,6 +76,7 @@ def _read_run(folder: Path, name: str) -> RunData:
         alarms=timeline(metrics, Limits.of(cfg)) if cfg else [],
         phases=phases,
         not_planned=not_planned,
+        drift=_mapping(folder / "drift.json"),
     )
 
 
@@ -81,9 +84,10 @@ def _mapping(path: Path) -> dict[str, Any]:
     """Of a YAML or JSON file; empty without one."""
     if not path.is_file():
         return {}
+    read = json.loads if path.suffix == ".json" else yaml.safe_load  # YAML knows no 1e-06
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} and not a mapping")

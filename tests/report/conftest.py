@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.report.planted import answers, group, looked_at, plant
+from tests.report.planted import answers, drift_found, group, looked_at, plant
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +14,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drifts = looked_at(train__train_rollout_logprob_abs_diff=0.06)
     broken = looked_at(train__first_log_ratio_max=0.1)
     troubles = {0: drifts, 1: looked_at(), 2: drifts, 4: broken}
-    return plant(tmp_path_factory.mktemp("runs"), "small", 6, troubles=troubles)
+    folder = plant(tmp_path_factory.mktemp("runs"), "small", 6, troubles=troubles)
+    (folder / "drift.json").write_text(json.dumps(drift_found("sampling truncation")))
+    return folder
 
 
 @pytest.fixture(scope="session")

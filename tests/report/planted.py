@@ -32,6 +32,7 @@ def metrics(step: int) -> Metrics:
         "rollout/prompts_put_back": 3.0,
         "reward/invalid_ratio": 0.02,
         "train/train_rollout_logprob_abs_diff": 1e-3 * (1.1 + wave),
+        "drift/decode_vs_prefill": 2e-7,
         "train/entropy_loss": 0.7 - wave / 3,
         "train/grad_norm": math.nan if step == 3 else 1 + wave / 2,
         "train/nonfinite_logprobs": 0.0,
@@ -127,4 +128,14 @@ def looked_at(**values: float) -> Metrics:
     drift = "train/train_rollout_logprob_abs_diff"
     return {"train/loss": 0.1, drift: 1e-9} | {
         name.replace("__", "/"): v for name, v in values.items()
+    }
+
+
+def drift_found(cause: str) -> dict[str, object]:
+    """As `miles-lite drift` leaves it in a run's folder."""
+    return {
+        "step": 4,
+        "causes": [{"name": cause, "size": 0.35, "evidence": "log-probs of the kept tokens"}],
+        "parts": {"decode against trainer": 0.4},
+        "layers": [{"layer": 1, "kind": "E", "mean": 1e-6, "max": 2e-6, "flips": 0.25}],
     }

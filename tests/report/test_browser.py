@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from importlib import resources
@@ -12,7 +13,7 @@ import pytest
 
 from miles_lite import cli
 from miles_lite.types import Verdict
-from tests.report.planted import group, looked_at, plant
+from tests.report.planted import drift_found, group, looked_at, plant
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -94,7 +95,8 @@ def test_it_draws_from_the_file_alone(view: View, report: Path) -> None:
     assert reward.locator(".scatterlayer .trace").count() == 2  # both runs in one chart
     assert "first at step 3" in view.shows("#curve-grid figure:has-text('Gradient norm')")
     for table in ("where the time", "memory by phase", "taught nothing", "physical limit",
-                  "plan against measured", "what differs"):  # fmt: skip
+                  "plan against measured", "what differs",
+                  "drift in parts", "in depth"):  # fmt: skip
         assert view.count(f"table:has(caption:text('{table}'))") == 1, table
     first = view.page.locator(".alarm").first.inner_text()
     assert "critical: first_ratio" in first and "small, step 4" in first
@@ -171,6 +173,7 @@ def test_hostile_text_is_shown_and_never_run(browser: Any, tmp_path: Path) -> No
         {0: looked_at(reward__invalid_ratio=0.9, **reasons)},
         [f"data.template_kwargs.evil=\"{HOSTILE[0]}\""],
     )  # fmt: skip
+    (run / "drift.json").write_text(json.dumps(drift_found(HOSTILE[0])))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "eval/<img src=x onerror=hacked=1>": 1.0}\n')
     assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0

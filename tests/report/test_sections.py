@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.report import sections, waste
+from miles_lite.report import drift, sections, waste
 from miles_lite.report.names import percent, seconds, size, words
 from miles_lite.report.runs import read_runs
 from tests.report.planted import metrics
@@ -74,6 +74,20 @@ def test_alarms_are_told_once_each_and_critical_ones_first(small: Path) -> None:
     first, second = sections.alarms(read_runs([small]))
     assert (first["name"], first["when"]) == ("first_ratio", "step 4")
     assert (second["name"], second["when"]) == ("drift", "steps 0 to 2, 2 times")
+
+
+def test_drift_is_told_in_parts_and_with_what_was_found(small: Path, other: Path) -> None:
+    runs = read_runs([small, other])
+    found = rows(drift.parts(runs))
+    assert found["Engine token by token against engine at once, nats a token"] == ["2e-07"] * 2
+    assert len(found) == 2  # and the headline: nothing else was measured
+    told = drift.causes(runs).rows
+    assert told[0] == [
+        "small", "step 4", "sampling truncation", "0.35", "log-probs of the kept tokens"
+    ]  # fmt: skip
+    assert told[1][2:] == ["decode against trainer", "0.4", "nats a token"]
+    assert told[2][2:] == ["layer 1 (E)", "1e-06", "at most 2e-06, 25.00% of routes flip"]
+    assert "miles-lite drift" in drift.causes(runs[1:]).note
 
 
 @pytest.mark.slow
