@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
-from miles_lite.algo.drift import ABS_DIFF
 from miles_lite.config import Config
+from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,6 @@ class Alarm:
 
     def __str__(self) -> str:
         return f"{self.name} at step {self.step}: {self.message}. {self.remedy}"
-
-
-class AlarmError(RuntimeError):
-    """An alarm that is to end the run (alarms.stop); all was saved before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from miles_lite import log
-from miles_lite.alarms import AlarmError
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
-from miles_lite.stop import Stopped
+from miles_lite.stop import AlarmError, Stopped
 
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment

@@ -25,6 +25,8 @@ from miles_lite.types import Sample
 
 logger = logging.getLogger(__name__)
 
+ABS_DIFF = "train/train_rollout_logprob_abs_diff"  # the drift: the headline of a step
+
 RUN_ID = "wandb_run_id"  # a file of the run folder, and a key of its checkpoints
 
 

@@ -16,7 +16,7 @@ from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.build import Parts
 from miles_lite.checkpoints import Checkpoint, CheckpointError
 from miles_lite.claim import refuse_changes
-from miles_lite.metrics import RUN_ID
+from miles_lite.metrics import ABS_DIFF, RUN_ID
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run
@@ -30,7 +30,6 @@ PROBE = "probe.npz"  # of a checkpoint: the answers of its last step, and their 
 SURPRISE = 10.0  # times the drift of the engines: what scoring them again may differ by, on average
 OUTLIER = 10.0  # times that: what one of them may, a short one being mostly noise
 ROUNDING = 1e-5  # nats; and this much is always forgiven
-DRIFT = "train/train_rollout_logprob_abs_diff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def save(
         "num_dead": watch.num_dead,
         "metrics_bytes": run.metrics_bytes,
         RUN_ID: run.wandb_run_id,
-        "drift": max(metrics[DRIFT], metrics.get(f"{DRIFT}_no_replay", 0.0)),
+        "drift": max(metrics[ABS_DIFF], metrics.get(f"{ABS_DIFF}_no_replay", 0.0)),
     }
     run.saving = step, state
     if not run.saves_meanwhile:

@@ -19,6 +19,10 @@ class Stopped(Exception):
         self.signum = signum
 
 
+class AlarmError(RuntimeError):
+    """An alarm that is to end the run (alarms.stop). It has saved all it had."""
+
+
 class StopRequest:
     """A context; inside it the signals are ours, whoever installed handlers before."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from miles_lite import resume
-from miles_lite.alarms import AlarmError, Alarms, Limits
+from miles_lite.alarms import Alarms, Limits
 from miles_lite.algo.credit import rollout_metrics, to_sequences
 from miles_lite.algo.drift_parts import drift_parts, spread
 from miles_lite.algo.packing import pack, packing_metrics
@@ -18,7 +18,7 @@ from miles_lite.protocols import Phase
 from miles_lite.rollout.evaluate import evaluate
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run, read_metrics
-from miles_lite.stop import StopRequest
+from miles_lite.stop import AlarmError, StopRequest
 
 
 def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopRequest) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
 from miles_lite.alarms import AGAIN, RULES, WINDOW, Alarms, Limits, timeline
-from miles_lite.algo.drift import ABS_DIFF
 from miles_lite.bounds import ConfigError
 from miles_lite.compose import compose
+from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
 
 LIMITS = Limits(AlarmConfig(), mark="boxed")

@@ -106,7 +106,7 @@ def test_commands_on_a_run_run(tmp_path: Path) -> None:
     words = ["experiment=tiny", "log.name=first", "train.num_steps=2", *small]
     assert cli("train", *words, cwd=tmp_path).returncode == 0
     for command in OF_RUNS:
-        shown = command.replace("@20", "@1").replace("--set gsm8k", "--set eval")
+        shown = command.replace("@20", "@2").replace("--set gsm8k", "--set eval")
         done = cli(*shlex.split(shown.replace(" --open", "")), cwd=tmp_path)
         assert done.returncode == 0, f"{shown}: {done.stderr}"
     assert (tmp_path / "first.html").is_file() and (tmp_path / "runs/first/report.html").is_file()

@@ -12,6 +12,7 @@ from miles_lite import cli
 from miles_lite.compose import CONFIGS, compose
 from miles_lite.run import Run
 from miles_lite.types import Completion, Finish, Group, Prompt, Sample, Verdict
+from tests.report.planted import trained
 
 REWARDS = CONFIGS.parent / "rewards"
 
@@ -47,10 +48,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = compose(["experiment=tiny", place, "log.name=run", *sizes.split()])
     with Run.open(cfg, datetime(2025, 1, 1)) as run:
         timeout = ("</think>\\boxed{9}", 0.0, "timeout")
-        run.save_samples(0, [group("a:1", "7", [RIGHT, WRONG])], {})
-        run.save_samples(
-            3, [group("a:1", "7", [RIGHT, WRONG]), group("a:2", "7", [HOSTILE, timeout])], {}
-        )
+        first = [group("a:1", "7", [RIGHT, WRONG])]
+        run.save_samples(0, first, *trained(first))
+        third = [*first, group("a:2", "7", [HOSTILE, timeout])]
+        run.save_samples(3, third, *trained(third))
         run.save_eval(3, "eval", [group("e:1", "7", [RIGHT, WRONG, WRONG, RIGHT])])
         run.finish({})
     return run.folder

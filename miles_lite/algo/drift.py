@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from miles_lite.algo.losses import kl_estimate
-from miles_lite.metrics import Max, Mean, Partial, Sum
-
-ABS_DIFF = "train/train_rollout_logprob_abs_diff"
+from miles_lite.metrics import ABS_DIFF, Max, Mean, Partial, Sum
 
 
 @torch.no_grad()

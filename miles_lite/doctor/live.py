@@ -12,12 +12,12 @@ from pathlib import Path
 
 from miles_lite import build, resume
 from miles_lite.algo.credit import to_sequences
-from miles_lite.algo.drift import ABS_DIFF
 from miles_lite.algo.packing import pack
 from miles_lite.build import Inputs, Parts
 from miles_lite.cluster.lease import Lease
 from miles_lite.config import Config
 from miles_lite.doctor.finding import Finding, graded, ok, skipped
+from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics, Phase
 from miles_lite.types import Sampling, TrainSequence
 

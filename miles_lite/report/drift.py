@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from miles_lite.algo.drift import ABS_DIFF
+from miles_lite.metrics import ABS_DIFF
 from miles_lite.report.names import number, words
 from miles_lite.report.runs import RunData
 from miles_lite.report.sections import Table

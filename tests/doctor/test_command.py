@@ -11,6 +11,7 @@ import pytest
 
 from miles_lite import cli
 from miles_lite.compose import CONFIGS
+from miles_lite.intact import HASH
 
 TINY = CONFIGS / "model" / "tiny"
 
@@ -100,7 +101,7 @@ def test_contents_that_changed_under_a_manifest(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     model = _copied(tmp_path)
-    manifest = {"tensors": {"backbone.norm_f.weight": {"hf": "0" * 32}}, "files": {}}
+    manifest = {"hash": HASH, "tensors": {"backbone.norm_f.weight": {"hf": "0" * 32}}, "files": {}}
     (model / "manifest.json").write_text(json.dumps(manifest))
     code, found, _ = offline(capsys, f"model.path={model}")
     assert code == 1 and "is not what manifest.json says" in found["model files"]["detail"]

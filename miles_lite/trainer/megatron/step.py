@@ -18,10 +18,10 @@ from megatron.core import parallel_state as groups
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from miles_lite.algo.drift import ABS_DIFF, first_log_ratio, rollout_drift, update_drift
+from miles_lite.algo.drift import first_log_ratio, rollout_drift, update_drift
 from miles_lite.algo.losses import LogProbs, LossSettings, policy_loss, responses
 from miles_lite.config import AlgoConfig
-from miles_lite.metrics import Max, Mean, Partial, Sum, merge
+from miles_lite.metrics import ABS_DIFF, Max, Mean, Partial, Sum, merge
 from miles_lite.trainer.megatron.forward import forward_step, packed
 from miles_lite.trainer.megatron.messages import RankReport
 from miles_lite.trainer.megatron.model import unwrap
