@@ -229,14 +229,14 @@ def test_a_checkpoint_alone_goes_on_as_the_same_wandb_run(
 @pytest.mark.slow
 def test_save_now_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = launch(tmp_path, "checkpoint.every=0", "train.num_steps=6", "eval.every=0")
+    process = launch(tmp_path, "checkpoint.every=0", "train.num_steps=12", "eval.every=0")
     wait_for(run, 2, process)
     (run / "save_now").touch()
     finish(process)
     assert not (run / "save_now").exists()
     steps = [int(folder.name[5:]) for folder in sorted((run / "checkpoints").glob("step_*"))]
-    assert len(steps) == 2 and steps[0] in (2, 3, 4) and steps[1] == 6
-    assert [line["step"] for line in metrics(run) if "train/loss" in line] == list(range(6))
+    assert len(steps) == 2 and 2 <= steps[0] < steps[1] == 12
+    assert [line["step"] for line in metrics(run) if "train/loss" in line] == list(range(12))
 
 
 @pytest.mark.slow
