@@ -7,7 +7,6 @@ first update (off-policyness).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -74,10 +73,9 @@ def update_drift(current: Tensor, old: Tensor, lengths: Sequence[int]) -> dict[s
 
 @torch.no_grad()
 def first_log_ratio(current: Tensor, old: Tensor) -> dict[str, Partial]:
-    """Largest |current - old| of log-probs [N] in the first update of a step, where both are of the
+    """Mean |current - old| of log-probs [N] in the first update of a step, where both are of the
     same weights: rounding, unless training computes something else than scoring does."""
-    gap = (current - old).abs().max().item() if current.numel() else -math.inf
-    return {"train/first_log_ratio_max": Max(gap)}
+    return {"train/first_log_ratio": Mean((current - old).abs().sum().item(), current.numel())}
 
 
 @torch.no_grad()

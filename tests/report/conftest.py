@@ -12,7 +12,7 @@ from tests.report.planted import answers, drift_found, group, looked_at, plant
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps, two alarms, four samples a step."""
     drifts = looked_at(train__train_rollout_logprob_abs_diff=0.06)
-    broken = looked_at(train__first_log_ratio_max=0.1)
+    broken = looked_at(train__first_log_ratio=0.1)
     troubles = {0: drifts, 1: looked_at(), 2: drifts, 4: broken}
     folder = plant(tmp_path_factory.mktemp("runs"), "small", 6, troubles=troubles)
     (folder / "drift.json").write_text(json.dumps(drift_found("sampling truncation")))
