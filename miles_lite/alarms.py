@@ -63,7 +63,8 @@ class Limits:
 
     @classmethod
     def of(cls, cfg: Config) -> Limits:
-        return cls(cfg.alarms, MARKS.get(cfg.reward.function, ""))
+        strict = bool(cfg.reward.options.get("strict"))  # dapo_math then reads a box
+        return cls(cfg.alarms, "boxed" if strict else MARKS.get(cfg.reward.function, ""))
 
 
 class Seen:

@@ -113,5 +113,7 @@ def command(words: Sequence[str]) -> None:
     try:
         made.save()
     except Exception as error:  # the library's own kinds, and those of its transport
-        raise RuntimeError(f"W&B did not take the workspace: {error!r}") from error
+        raise ValueError(
+            f"W&B did not take the workspace for {args.entity}/{args.project}: {error!r}"
+        ) from error
     print(made.url)

@@ -141,6 +141,10 @@ def test_thresholds_come_from_the_configuration() -> None:
     limits = Limits.of(cfg)
     assert limits.mark == "boxed" and limits.config.stop == ("drift",)
     assert [alarm.name for alarm in timeline(steps(SOUND), limits)] == ["truncated", "drift"]
+    dapo = ["reward.file=rewards/dapo_math.py", "reward.function=dapo_math"]
+    assert Limits.of(compose(["experiment=tiny", *dapo])).mark == "answer"
+    strict = "+reward.options.strict=true"
+    assert Limits.of(compose(["experiment=tiny", *dapo, strict])).mark == "boxed"
     with pytest.raises(ConfigError, match=r"alarms\.stop = 'drfit' is not one of .*drift"):
         compose(["experiment=tiny", "alarms.stop=[drfit]"])
     with pytest.raises(ConfigError, match=r"alarms\.stop = 'drift' is not a list"):

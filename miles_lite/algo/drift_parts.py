@@ -32,8 +32,8 @@ def drift_parts(
 ) -> Metrics:
     """drift/*, as the headline: means over samples of the mean |difference| over their tokens.
 
-    Of those of `samples` that the trainer saw; where the engine cannot score, or there is none,
-    only what needs neither. A part that was not measured is not there.
+    Of those of `samples` that the trainer saw, as far as each was scored; where the engine cannot
+    score, or there is none, only what needs neither. A part that was not measured is not there.
     """
     if not samples:
         return {}
@@ -50,7 +50,10 @@ def drift_parts(
     if flips:
         metrics["drift/decode_prefill_flips"] = fmean(flips)
     seen = [
-        (np.array(sample.completion.logprobs), np.array(again.logprobs), np.array(trainer[index]))
+        tuple(
+            np.array(logprobs[: len(again.logprobs)])
+            for logprobs in (sample.completion.logprobs, again.logprobs, trainer[index])
+        )
         for (index, sample), again in pairs
         if index in trainer and len(trainer[index])
     ]
@@ -69,6 +72,7 @@ def drift_parts(
 
 
 def flip_rate(one: Routing, other: Routing) -> float:
-    """Share of (token, layer) whose sets of experts differ."""
-    a, b = (np.sort(choices(routing), axis=-1) for routing in (one, other))
+    """Share of (token, layer) whose sets of experts differ, of the tokens that both tell of."""
+    num_tokens = min(one.shape[0], other.shape[0])
+    a, b = (np.sort(choices(routing)[:num_tokens], axis=-1) for routing in (one, other))
     return float((a != b).any(-1).mean()) if a.size else 0.0

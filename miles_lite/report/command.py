@@ -18,10 +18,11 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="RUN/report.html by default")
     parser.add_argument("--open", action="store_true", help="show it in the browser")
     options = parser.parse_args(words)
+    runs = read_runs(options.runs)
     out = options.out or options.runs[0] / "report.html"
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
-    page = render(read_runs(options.runs))
+    page = render(runs)
     part = out.with_name(f".{out.name}.part")
     part.write_text(page.html, encoding="utf-8")
     os.replace(part, out)

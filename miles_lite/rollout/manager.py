@@ -22,6 +22,7 @@ from miles_lite.types import Completion, Finish, Group, Prompt, Request, Sample,
 log = logging.getLogger(__name__)
 
 MAX_RESAMPLES = 3  # of one answer without a verdict
+MAX_RESCORED = 1024  # tokens of an answer: their logits are in memory at once, fp32
 ABORT_S = 30.0  # for an engine to end its requests
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ class RolloutManager:
         draw = self._new_draw(self._settings.sampling, 1, "", resample=False)
 
         async def one(sample: Sample) -> Completion:
-            answer = sample.completion.tokens
+            answer = sample.completion.tokens[:MAX_RESCORED]
             sampling = replace(draw.sampling, max_new_tokens=len(answer))
             return await self._complete(sample.prompt, sampling, draw, answer)
 

@@ -70,6 +70,11 @@ def model_folder(model: str) -> Path:
     RUN/exports once. Raises ValueError."""
     if (Path(model) / "config.json").is_file():
         return Path(model)
+    folder = model if Path(model).is_dir() else model.partition("@")[0]
+    if not (Path(folder) / "checkpoints").is_dir():
+        raise ValueError(
+            f"{model} is neither an HF folder (no config.json) nor a run (no checkpoints)"
+        )
     found = find_checkpoint(model)
     manifest = file_digest(found.folder / "manifest.json")  # a step may be trained again
     out = found.folder.parent.parent / "exports" / f"{found.folder.name}-{manifest[:8]}"

@@ -41,6 +41,13 @@ def test_the_parts_are_between_their_neighbours() -> None:
     )
 
 
+def test_of_a_long_answer_what_was_scored_is_compared() -> None:
+    samples, trainer = {0: sample(-1.0, -2.0, -9.0)}, {0: [-1.2, -2.0, -3.0]}
+    metrics = drift_parts(samples, [completion(-1.1, -2.0)], trainer, version=3)
+    assert metrics["drift/decode_vs_prefill"] == pytest.approx(0.05)
+    assert metrics["drift/decode_vs_trainer"] == pytest.approx(0.1)
+
+
 def test_what_was_not_measured_is_not_there() -> None:
     samples = {0: sample(-1.0), 1: sample(-1.0, version=2)}
     assert drift_parts({}, [], {}, version=3) == {}
@@ -56,6 +63,7 @@ def test_flips_are_counted_by_sets() -> None:
     assert flip_rate(SIZES.pack(ids), SIZES.pack(other)) == 0
     other[1, 0] = (4, 6)
     assert flip_rate(SIZES.pack(ids), SIZES.pack(other)) == 0.25
+    assert flip_rate(SIZES.pack(ids), SIZES.pack(other[:1])) == 0  # the second was not scored
     flipped = sample(-1.0, routing=SIZES.pack(ids))
     metrics = drift_parts({0: flipped}, [completion(-1.0, routing=SIZES.pack(other))], {}, 3)
     assert metrics["drift/decode_prefill_flips"] == 0.25

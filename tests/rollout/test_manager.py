@@ -19,13 +19,14 @@ from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.protocols import Phase, RolloutResult
 from miles_lite.rollout.manager import (
     MAX_RESAMPLES,
+    MAX_RESCORED,
     RolloutError,
     RolloutManager,
     RolloutSettings,
     derive_seed,
 )
 from miles_lite.rollout.rewards import RewardWorkers
-from miles_lite.types import Completion, Finish, Prompt, Request, Sample, Sampling
+from miles_lite.types import Completion, Finish, Prompt, Request, Sample, Sampling, Verdict
 
 CFG = compose(["experiment=tiny"])
 Draw = Callable[..., RolloutResult]
@@ -282,6 +283,32 @@ def test_progress_tells_what_is_there_and_who_owes_the_rest(
     told = [text for text in said if text.startswith("12/24 answers, longest ")]
     assert told and told[0].endswith(" tokens, waiting for slow (12)"), said
     assert manager.progress() == ""
+
+
+class ScoringEngine(SeededEngine):
+    """Scores the tokens that it is given, and remembers them."""
+
+    def can_score(self, temperature: float) -> bool:
+        return True
+
+    async def generate(self, request: Request) -> Completion:
+        self.scored = request.scored
+        assert request.sampling.max_new_tokens == len(request.scored)
+        logprobs = (-2.0,) * len(request.scored)
+        return Completion(request.scored, logprobs, self.version, Finish.length)
+
+
+def test_of_a_long_answer_only_the_beginning_is_scored_again(
+    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
+) -> None:
+    engine = ScoringEngine("scores")
+    manager = RolloutManager([engine], rewards, tokenizer, SETTINGS)
+    manager.version = 5
+    tokens = tuple(range(MAX_RESCORED + 7))
+    long = Completion(tokens, (-1.0,) * len(tokens), 5, Finish.stop)
+    again = manager.rescore([Sample(prompts[0], long, "", Verdict(1.0, ""))])
+    assert again is not None and len(again[0].logprobs) == MAX_RESCORED
+    assert engine.scored == tokens[:MAX_RESCORED]
 
 
 def test_seeds_differ_by_every_part() -> None:
