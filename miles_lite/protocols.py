@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Verdict
+from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Sampling, Verdict
 
 Metrics = dict[str, float]
 
@@ -95,8 +95,8 @@ class Engine(Resident, Protocol):
         """Draw one completion. A uid is used once in an engine's life. Raises EngineError."""
         ...
 
-    def can_score(self, temperature: float) -> bool:
-        """Whether `generate` takes requests with an answer to score."""
+    def can_score(self, sampling: Sampling) -> bool:
+        """Whether `generate` takes requests with an answer to score like this."""
         ...
 
     async def abort(self) -> None:
@@ -154,15 +154,24 @@ class RolloutResult:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """Answers with the log-probs and routing that a prefill gives them, as different distributions.
+    One is empty where an engine cannot tell, or where it would be the policy's own."""
+
+    policy: Sequence[Completion] = ()  # log-probs as the answers' own should be
+    untempered: Sequence[Completion] = ()  # at temperature 1
+    truncated: Sequence[Completion] = ()  # among the tokens that top-p and top-k keep
+
+
 class Rollout(Resident, Protocol):
     """Many engines, one policy, and the rewards of what it says."""
 
     version: int
     engines: Sequence[Engine]
 
-    def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
-        """What a prefill makes of the answers of `samples`, in the place of the log-probs and
-        routing that decoding them had; None where an engine cannot tell."""
+    def rescore(self, samples: Sequence[Sample]) -> Rescored:
+        """The answers of `samples`, each read in one prefill instead of token by token."""
         ...
 
     def progress(self) -> str:

@@ -45,7 +45,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
             _evaluate(run, step, parts, console)
         drawn = rollout.generate(parts.prompts)
         probed = spread(drawn.groups, parts.num_probes)
-        prefilled = rollout.rescore(list(probed.values()))
+        rescored = rollout.rescore(list(probed.values()))
         sequences = to_sequences(drawn.groups, parts.credit)
         batch = pack(sequences, parts.packing)
         metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences)
@@ -57,7 +57,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if _due(step + 1, cfg.algo.ref_update_interval):
             trainer.refresh_reference()
         metrics |= result.metrics
-        metrics |= drift_parts(probed, prefilled, result.logprobs, rollout.version)
+        metrics |= drift_parts(probed, rescored, result.logprobs, rollout.version)
         metrics["train/step"] = float((step + 1) * len(batch.updates) - 1)  # counts updates
 
         console.phase("sync")

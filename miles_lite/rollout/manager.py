@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from miles_lite.algo.routing import RouterSizes, choices
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.log import few
-from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, RolloutResult
+from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, Rescored, RolloutResult
 from miles_lite.rollout.dynamic import fill
 from miles_lite.rollout.rewards import RewardWorkers
 from miles_lite.types import Completion, Finish, Group, Prompt, Request, Sample, Sampling, Verdict
@@ -131,17 +131,27 @@ class RolloutManager:
 
         return self._run(all_of_them(), draw)
 
-    def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
+    def rescore(self, samples: Sequence[Sample]) -> Rescored:
         """See protocols.Rollout. The samples are spread over the engines."""
-        temperature = self._settings.sampling.temperature
-        if not samples or not all(engine.can_score(temperature) for engine in self.engines):
-            return None
-        draw = self._new_draw(self._settings.sampling, 1, "", resample=False)
+        policy = self._settings.sampling
+        untempered = replace(policy, temperature=1.0)
+        truncated = replace(policy, truncated=True)
+        return Rescored(
+            policy=self._score(samples, policy),
+            untempered=self._score(samples, untempered) if untempered != policy else (),
+            truncated=self._score(samples, truncated) if policy.truncates else (),
+        )
+
+    def _score(self, samples: Sequence[Sample], sampling: Sampling) -> Sequence[Completion]:
+        """Nothing where an engine cannot tell."""
+        if not samples or not all(engine.can_score(sampling) for engine in self.engines):
+            return ()
+        draw = self._new_draw(sampling, 1, "", resample=False)
 
         async def one(sample: Sample) -> Completion:
             answer = sample.completion.tokens[:MAX_RESCORED]
-            sampling = replace(draw.sampling, max_new_tokens=len(answer))
-            return await self._complete(sample.prompt, sampling, draw, answer)
+            scoring = replace(sampling, max_new_tokens=len(answer))
+            return await self._complete(sample.prompt, scoring, draw, answer)
 
         async def all_of_them() -> list[Completion]:
             return await asyncio.gather(*map(one, samples))

@@ -57,7 +57,7 @@ class SeededEngine:
         routing = np.broadcast_to(self.experts, (num_tokens, ROUTERS.num_layers, ROUTERS.top_k))
         return replace(completion, routing=ROUTERS.pack(routing))
 
-    def can_score(self, temperature: float) -> bool:
+    def can_score(self, sampling: Sampling) -> bool:
         return False
 
     async def abort(self) -> None:
@@ -288,11 +288,13 @@ def test_progress_tells_what_is_there_and_who_owes_the_rest(
 class ScoringEngine(SeededEngine):
     """Scores the tokens that it is given, and remembers them."""
 
-    def can_score(self, temperature: float) -> bool:
+    asked: tuple[Sampling, ...] = ()
+
+    def can_score(self, sampling: Sampling) -> bool:
         return True
 
     async def generate(self, request: Request) -> Completion:
-        self.scored = request.scored
+        self.scored, self.asked = request.scored, (*self.asked, request.sampling)
         assert request.sampling.max_new_tokens == len(request.scored)
         logprobs = (-2.0,) * len(request.scored)
         return Completion(request.scored, logprobs, self.version, Finish.length)
@@ -307,8 +309,23 @@ def test_of_a_long_answer_only_the_beginning_is_scored_again(
     tokens = tuple(range(MAX_RESCORED + 7))
     long = Completion(tokens, (-1.0,) * len(tokens), 5, Finish.stop)
     again = manager.rescore([Sample(prompts[0], long, "", Verdict(1.0, ""))])
-    assert again is not None and len(again[0].logprobs) == MAX_RESCORED
+    assert len(again.policy[0].logprobs) == MAX_RESCORED
+    assert again.untempered == () == again.truncated  # nothing else than the policy here
     assert engine.scored == tokens[:MAX_RESCORED]
+
+
+def test_the_policy_is_held_against_what_sampling_makes_of_it(
+    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
+) -> None:
+    engine = ScoringEngine("scores")
+    sampling = replace(SETTINGS.sampling, temperature=0.7, top_p=0.9)
+    manager = RolloutManager([engine], rewards, tokenizer, replace(SETTINGS, sampling=sampling))
+    manager.version = 5
+    answer = Completion((1, 2), (-1.0, -1.0), 5, Finish.stop)
+    again = manager.rescore([Sample(prompts[0], answer, "", Verdict(1.0, ""))])
+    assert [len(kind) for kind in (again.policy, again.untempered, again.truncated)] == [1, 1, 1]
+    asked = [(s.temperature, s.top_p, s.truncated) for s in engine.asked]
+    assert sorted(asked) == [(0.7, 0.9, False), (0.7, 0.9, True), (1.0, 0.9, False)]
 
 
 def test_seeds_differ_by_every_part() -> None:

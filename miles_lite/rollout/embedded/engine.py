@@ -13,7 +13,7 @@ from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Hosted, Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.layout import params
-from miles_lite.types import Completion, Request
+from miles_lite.types import Completion, Request, Sampling
 
 POLL_WAIT_S = 5.0  # a poll that finds nothing returns after this long, and is repeated
 
@@ -66,7 +66,7 @@ class EmbeddedEngine:
         finally:
             self._futures.pop(request.uid, None)
 
-    def can_score(self, temperature: float) -> bool:
+    def can_score(self, sampling: Sampling) -> bool:
         return True
 
     async def abort(self) -> None:

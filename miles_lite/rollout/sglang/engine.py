@@ -182,9 +182,9 @@ class SGLangEngine:
         except ValueError as error:
             raise EngineError(f"{self.name}: request {request.uid}: {error}") from None
 
-    def can_score(self, temperature: float) -> bool:
+    def can_score(self, sampling: Sampling) -> bool:
         """Its server tells log-probs of input tokens at temperature 1, whatever is asked for."""
-        return temperature == 1
+        return sampling.temperature == 1 and not sampling.truncated
 
     async def abort(self) -> None:
         await self._http.call("/abort_request", {"abort_all": True}, self._deadline_s)

@@ -97,7 +97,9 @@ def test_a_prefill_scores_what_was_decoded(pair: Pair, tiny: Tiny) -> None:
     """With the experts of all tokens, beside requests that draw."""
     engine, trainer = pair
     serving(engine, trainer, 7)
-    assert engine.can_score(1.0) and not engine.can_score(0.7)
+    plain = REQUESTS[0].sampling
+    for changes, can in (({}, True), ({"temperature": 0.7}, False), ({"truncated": True}, False)):
+        assert engine.can_score(replace(plain, **({"temperature": 1.0} | changes))) is can
     drawing = [r for r in REQUESTS if r.sampling.temperature == 1]
     drawn = ask(engine, [replace(r, sampling=_telling(r.sampling)) for r in drawing])
     scoring = [
