@@ -103,9 +103,7 @@ class Completion:
     """What an engine answers. The stop token, if any, is the last token."""
 
     tokens: tuple[int, ...]  # [T] generated, without the prompt
-    logprobs: tuple[
-        float, ...
-    ]  # [T] at its temperature, before top-p/top-k unless `truncated`
+    logprobs: tuple[float, ...]  # [T] at its temperature, before top-p/top-k unless `truncated`
     version: int  # of the weights that drew every one of these tokens
     finish: Finish
     routing: Routing = NO_ROUTING  # of prompt and answer but the last token, which was never read

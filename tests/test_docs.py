@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +43,7 @@ def commands() -> Iterator[str]:
 
 COMMANDS = sorted({command for command in commands() if not command.startswith("check:")})
 WHOLE = [command for command in COMMANDS if not STANDS_FOR.search(command)]
-OF_RUNS = [c for c in WHOLE if c.split()[0] in ("samples", "report") and "second" not in c]
+OF_RUNS = [c for c in WHOLE if re.search(r"runs/first|my\.jsonl", c) and "second" not in c]
 QUICK = [c for c in WHOLE if c.split()[0] in ("plan", "check") and "--verify" not in c]
 
 
@@ -101,15 +108,59 @@ def test_commands_that_start_nothing_run(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_commands_on_a_run_run(tmp_path: Path) -> None:
     small = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
     words = ["experiment=tiny", "log.name=first", "train.num_steps=2", *small]
     assert cli("train", *words, cwd=tmp_path).returncode == 0
-    for command in OF_RUNS:
-        shown = command.replace("@20", "@2").replace("--set gsm8k", "--set eval")
-        done = cli(*shlex.split(shown.replace(" --open", "")), cwd=tmp_path)
-        assert done.returncode == 0, f"{shown}: {done.stderr}"
-    assert (tmp_path / "first.html").is_file() and (tmp_path / "runs/first/report.html").is_file()
+    row = {"prompt": "What is 1+2?", "label": "3"}
+    (tmp_path / "my.jsonl").write_text(json.dumps(row) + "\n")
+    here = {
+        "replay runs/first@20": "replay runs/first@1",
+        "@20": "@2",
+        "@40": "@2",
+        "--set gsm8k": "--set eval",
+        " --open": "",
+        "DIR": "exported",
+    }
+    here |= {f" {folder}/": f" {PROJECT}/{folder}/" for folder in ("rewards", "configs")}
+    for shown in [*OF_RUNS, *(c for c in COMMANDS if c.startswith("export runs/first"))]:
+        command = functools.reduce(lambda text, pair: text.replace(*pair), here.items(), shown)
+        if command.startswith("serve"):
+            _serves(shlex.split(command), tmp_path)
+            continue
+        done = cli(*shlex.split(command), cwd=tmp_path)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    files = (
+        "first.html",
+        "runs/first/report.html",
+        "runs/first/drift.json",
+        "exported/config.json",
+    )
+    assert [file for file in files if not (tmp_path / file).is_file()] == []
+
+
+def _serves(words: list[str], folder: Path) -> None:
+    """It answers, and ends when it is told to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-m", "miles_lite.cli", *words, "--port", str(port)]
+    server = subprocess.Popen(argv, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 120
+        while True:
+            assert server.poll() is None and time.monotonic() < until
+            with contextlib.suppress(urllib.error.URLError):
+                url = f"http://127.0.0.1:{port}/v1/models"
+                assert b'"first"' in urllib.request.urlopen(url, timeout=10).read()
+                break
+            time.sleep(0.5)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == -signal.SIGTERM  # which its library leaves to the system
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_all_alarms_are_explained() -> None:
