@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,8 +44,24 @@ def commands() -> Iterator[str]:
 
 COMMANDS = sorted({command for command in commands() if not command.startswith("check:")})
 WHOLE = [command for command in COMMANDS if not STANDS_FOR.search(command)]
-OF_RUNS = [c for c in WHOLE if re.search(r"runs/first|my\.jsonl", c) and "second" not in c]
+OF_RUNS = [c for c in WHOLE if re.search(r"runs/first|my\.jsonl", c)]
 QUICK = [c for c in WHOLE if c.split()[0] in ("plan", "check") and "--verify" not in c]
+
+
+# What other tests run: those of the command, with settings that take less time.
+ELSEWHERE = {
+    "doctor": "doctor/test_command.py",
+    "doctor experiment=tiny": "doctor/test_command.py",
+    "plan experiment=nemotron3_ultra --verify": "planner/test_plan.py",
+    "reward-audit experiment=tiny": "test_cli.py",
+    "reward-audit experiment=tiny data=gsm8k": "data/test_data_configs.py",  # without the hub
+    "serve --model configs/model/tiny": "serve/test_server.py",
+    "train experiment=tiny algo=dapo optim.lr=2e-4 parallel.tp=2 parallel.dp=1": "test_train.py",
+    "train experiment=tiny log.name=first": "test_docs.py",
+    "train experiment=tiny log.name=first train.num_steps=20": "test_docs.py",
+    "train experiment=tiny rollout.engine.backend=sglang rollout.engine.python="
+    ".venv-sglang/bin/python": "rollout/sglang/test_grpo.py",
+}
 
 
 @functools.cache
@@ -97,6 +114,13 @@ def test_commands_take_the_words_they_are_shown_with(command: str) -> None:
     assert [flag for flag in flags if flag not in help_of(word)] == []
 
 
+def test_every_command_is_run_by_a_test() -> None:
+    assert {*QUICK, *OF_RUNS, *ELSEWHERE} == set(WHOLE)
+    tests = Path(__file__).parent
+    for command, file in ELSEWHERE.items():
+        assert command.split()[0].split("-")[0] in (tests / file).read_text(), command
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", QUICK)
 def test_commands_that_start_nothing_run(command: str, tmp_path: Path) -> None:
@@ -113,6 +137,7 @@ def test_commands_on_a_run_run(tmp_path: Path) -> None:
     small = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
     words = ["experiment=tiny", "log.name=first", "train.num_steps=2", *small]
     assert cli("train", *words, cwd=tmp_path).returncode == 0
+    shutil.copytree(tmp_path / "runs" / "first", tmp_path / "runs" / "second")
     row = {"prompt": "What is 1+2?", "label": "3"}
     (tmp_path / "my.jsonl").write_text(json.dumps(row) + "\n")
     here = {
