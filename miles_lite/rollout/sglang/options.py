@@ -224,15 +224,18 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
             # SGLang captures up to the requests of all DP groups together; a graph is of one
             chosen["cuda_graph_max_bs_decode"] = spec.max_running
         return chosen
-    return chosen | {
-        # sized by requests; else by the host's memory, which is not the engine's
-        "max_total_tokens": spec.max_running * (spec.max_seq_len + CONTEXT_SLACK),
-        # Mamba states in the prefix cache are written by CUDA kernels only
-        "disable_radix_cache": True,
-        # torch computes the experts whatever this is, and wants their numbers on its own rank; the
-        # CUDA kernels that SGLang else settles on, even on a CPU, have it number them over all
-        "moe_runner_backend": "triton",
-        "attention_backend": "torch_native",
-        "grammar_backend": "none",  # compiles grammars that nobody asks for
-        "sleep_on_idle": True,  # else an idle engine takes a core from the trainer
-    }
+    # sized by requests; else by the host's memory, which is not the engine's
+    num_tokens = spec.max_running * (spec.max_seq_len + CONTEXT_SLACK)
+    return chosen | ON_CPU | {"max_total_tokens": num_tokens}
+
+
+ON_CPU: Mapping[str, Any] = {
+    # Mamba states in the prefix cache are written by CUDA kernels only
+    "disable_radix_cache": True,
+    # torch computes the experts whatever this is, and wants their numbers on its own rank; the
+    # CUDA kernels that SGLang else settles on, even on a CPU, have it number them over all
+    "moe_runner_backend": "triton",
+    "attention_backend": "torch_native",
+    "grammar_backend": "none",  # compiles grammars that nobody asks for
+    "sleep_on_idle": True,  # else an idle engine takes a core from the trainer
+}
