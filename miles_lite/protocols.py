@@ -8,9 +8,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Sampling, Verdict
 
 Metrics = dict[str, float]
+# sample -> fp32 [token of its answer]: arrays, since a step has millions of these
+TokenValues = Mapping[int, np.ndarray]
 
 
 class Phase(Enum):
@@ -189,9 +193,9 @@ class StepResult:
     """What training on one batch tells."""
 
     metrics: Metrics
-    # sample -> [token] of the trainer before the first update; samples not trained on are missing
-    logprobs: Mapping[int, Sequence[float]]
-    entropies: Mapping[int, Sequence[float]]  # of the same distributions
+    # of the trainer before the first update; samples not trained on are missing
+    logprobs: TokenValues
+    entropies: TokenValues  # of the same distributions
 
 
 class Trainer(Resident, Protocol):
@@ -215,7 +219,7 @@ class Trainer(Resident, Protocol):
         """Sizes by name, such as {"tp": 2, ...}; where they are the same, so is the arithmetic."""
         ...
 
-    def score(self, batch: Batch) -> Mapping[int, Sequence[float]]:
+    def score(self, batch: Batch) -> TokenValues:
         """Sample -> log-probs of its response as the weights are now, of the first update."""
         ...
 

@@ -37,6 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+import numpy as np
 import yaml
 
 from miles_lite import environment
@@ -76,6 +77,7 @@ class SampleRecord:
     entropies: Sequence[float] = ()  # [T] of the trainer's distributions, where it has log-probs
 
 
+_NONE = np.empty(0, np.float32)
 _TOKEN_FLOATS = ("logprobs", "trainer_logprobs", "entropies")
 
 
@@ -203,8 +205,8 @@ class Run:
             _record(
                 step,
                 sample,
-                result.logprobs.get(sequence.sample, ()),
-                result.entropies.get(sequence.sample, ()),
+                result.logprobs.get(sequence.sample, _NONE).tolist(),
+                result.entropies.get(sequence.sample, _NONE).tolist(),
                 sequence.advantage if sequence.counts else math.nan,
             )
             for sample, sequence in zip(samples, sequences, strict=True)

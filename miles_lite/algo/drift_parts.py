@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 
 from miles_lite.algo.routing import choices
-from miles_lite.protocols import Metrics, Rescored
+from miles_lite.protocols import Metrics, Rescored, TokenValues
 from miles_lite.types import Completion, Group, Routing, Sample
 
 EXPLAINED = 0.2  # share of a difference: what leaves less of it is what it comes from
@@ -33,7 +33,7 @@ def spread(groups: Sequence[Group], num: int) -> dict[int, Sample]:
 def drift_parts(
     samples: Mapping[int, Sample],
     rescored: Rescored,
-    trainer: Mapping[int, Sequence[float]],
+    trainer: TokenValues,
     version: int,
 ) -> Metrics:
     """drift/*, as the headline: means over samples of the mean |difference| over their tokens.
@@ -61,7 +61,7 @@ def drift_parts(
 
     prefill = scores(rescored.policy)
     decode = [row[: len(p)] for row, p in zip(scores(drawn), prefill, strict=True)]
-    ours = [np.array(trainer[index]) for index in samples if len(trainer.get(index, ()))]
+    ours = [trainer[index] for index in samples if len(trainer.get(index, ()))]
     ours = [row[: len(p)] for row, p in zip(ours, prefill, strict=True)]
     metrics |= {
         "drift/decode_vs_prefill": _apart(decode, prefill),

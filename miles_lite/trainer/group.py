@@ -13,7 +13,7 @@ import ray
 from miles_lite.cluster.actor import Remote, call_all, gather
 from miles_lite.metrics import finish, merge
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult
+from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult, TokenValues
 from miles_lite.trainer.megatron.messages import RankReport, WorkerSpec
 from miles_lite.types import Batch
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
@@ -82,7 +82,7 @@ class TrainerGroup:
     def layout(self) -> Mapping[str, int]:
         return dataclasses.asdict(self._spec.dims)
 
-    def score(self, batch: Batch) -> Mapping[int, Sequence[float]]:
+    def score(self, batch: Batch) -> TokenValues:
         dims, (update, *_) = self._spec.dims, batch.updates
         calls = [
             worker.start("score", update.micro_batches[dims.dp_rank(rank)])

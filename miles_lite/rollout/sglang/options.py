@@ -229,7 +229,7 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
     return chosen | ON_CPU | {"max_total_tokens": num_tokens}
 
 
-ON_CPU: Mapping[str, Any] = {
+ON_CPU: dict[str, Any] = {
     # Mamba states in the prefix cache are written by CUDA kernels only
     "disable_radix_cache": True,
     # torch computes the experts whatever this is, and wants their numbers on its own rank; the

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from miles_lite import log
@@ -15,7 +16,7 @@ from miles_lite.cluster.rendezvous import open_store
 from miles_lite.intact import file_digest
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.orphan import bind_forks
-from miles_lite.protocols import Hosted, Phase
+from miles_lite.protocols import Hosted, Phase, TokenValues
 from miles_lite.trainer.megatron import setup
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import MicroBatch
@@ -120,13 +121,13 @@ class MegatronWorker:
     def held_bytes(self) -> dict[str, int]:
         return self._memory.held_bytes()
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+    def score(self, micro_batches: Sequence[MicroBatch]) -> TokenValues:
         """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
         return self._step.score(micro_batches)
 
     def look_inside(
         self, micro_batch: MicroBatch
-    ) -> tuple[list[float], list[torch.Tensor], list[float]]:
+    ) -> tuple[np.ndarray, list[torch.Tensor], list[float]]:
         """See Step.look_inside."""
         return self._step.look_inside(micro_batch)
 
