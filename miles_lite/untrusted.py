@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
+MAX_LINE_BYTES = 64 << 20  # a longer line is refused before more of it is read
 MAX_DEPTH = 100  # lists and objects within each other; Python gives up at less than a thousand
 
 
@@ -26,6 +28,17 @@ def parse_object(data: str | bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {short(value)} is not a JSON object")
     return value
+
+
+def numbered_lines(file: BinaryIO | Any, name: object) -> Iterator[tuple[str, bytes]]:
+    """(NAME:NUMBER, line) of a file open for bytes, numbers from 1."""
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+                f"{name}:{number}: a line of more than {MAX_LINE_BYTES >> 20} MiB: wanted one JSON "
+                "object a line"
+            )
+        yield f"{name}:{number}", line
 
 
 def _refuse_depth(value: Any, where: str) -> None:

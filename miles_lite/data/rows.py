@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
-from miles_lite.untrusted import parse_object, short
+from miles_lite.untrusted import numbered_lines, parse_object, short
 
 Row = Mapping[str, Any]
 
-MAX_LINE_BYTES = 64 << 20  # of .jsonl; a longer line is refused before more of it is read
 _BATCH_ROWS = 1024  # of parquet, held at once while unpacking
 _SLICE = re.compile(r"(?P<path>.+?)@?\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
 
@@ -99,13 +98,7 @@ class _JsonLines:
         self._name, self._file = file, file.open("rb")
         self._offsets, self._numbers = array("q"), array("q")
         digest, offset = hashlib.blake2b(digest_size=16), 0
-        lines = iter(lambda: self._file.readline(MAX_LINE_BYTES + 1), b"")
-        for number, line in enumerate(lines):
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{file}:{number + 1}: a line of more than {MAX_LINE_BYTES >> 20} MiB: wanted "
-                    "one JSON object a line"
-                )
+        for number, (_, line) in enumerate(numbered_lines(self._file, file)):
             digest.update(line)
             if line.strip():  # a blank line, usually the last, is no row but counts as a line
                 self._offsets.append(offset)
