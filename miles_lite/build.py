@@ -70,7 +70,11 @@ class Inputs:
 def check(cfg: Config) -> Inputs:
     """Read model config, tokenizer and data, and refuse all that cannot run. Starts nothing that
     lasts. Raises ValueError (ConfigError where a key is to blame)."""
+    from miles_lite.weights.conversion import check_tensors
+    from miles_lite.weights.hf_files import HfFiles
+
     inputs = read(cfg)
+    check_tensors(HfFiles(cfg.model.path), inputs.model)  # before anything of that size is made
     _check_reward(cfg, inputs)
     for warning in rules.warnings(cfg):
         log.warning(warning)

@@ -44,6 +44,7 @@ Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 
 def main() -> None:
     """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours, and with
     128 + N when signal N stopped it."""
+    sys.excepthook = log.say_trace
     sys.exit(run(sys.argv[1:]))
 
 
@@ -75,10 +76,10 @@ def run(words: Sequence[str]) -> int:
     try:
         commands[words[0]](words[1:])
     except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
-        print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
+        log.say(f"miles-lite {words[0]}: {error}", sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:
-        print(finished)
+        log.say(str(finished))
     except Stopped as stopped:
         print(f"miles-lite {words[0]}: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -182,9 +183,9 @@ def _reward_audit(overrides: Sequence[str]) -> None:
     cfg = compose(overrides)
     sections = build.audit_reward(cfg, build.read(cfg))
     for section in sections:
-        print("\n".join(section.lines()))
+        log.say("\n".join(section.lines()))
     for warning in [warning for section in sections for warning in section.warnings]:
-        print(f"warning: {warning}")
+        log.say(f"warning: {warning}")
     if failures := [section.failure for section in sections if section.failure]:
         raise ValueError("; ".join(failures))
 

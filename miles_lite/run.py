@@ -30,7 +30,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +45,9 @@ from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
 from miles_lite.protocols import Metrics, StepResult
+from miles_lite.records import TOKEN_FLOATS, SampleRecord
+from miles_lite.records import read_metrics as read_metrics  # part of what a run is
+from miles_lite.records import read_samples as read_samples
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
 
@@ -56,29 +58,7 @@ class RunError(RuntimeError):
     """Something of the run folder cannot be written. Says what, why, and how full the disk is."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRecord:
-    """One line of a samples file."""
-
-    step: int
-    prompt_uid: str  # source and row number in its file
-    prompt: str  # rendered chat template
-    label: str
-    response: str  # special tokens kept
-    tokens: Sequence[int]  # [T] of the response
-    logprobs: Sequence[float]  # [T] of the engine
-    trainer_logprobs: Sequence[float]  # [T], or empty if the trainer did not see this sample
-    reward: float
-    invalid: str  # why there is no verdict; "" when there is one
-    version: int  # of the weights that drew it
-    finish: str  # a Finish
-    # of the sample, before anything that needs the trainer's log-probs; NaN: it does not count
-    advantage: float = math.nan
-    entropies: Sequence[float] = ()  # [T] of the trainer's distributions, where it has log-probs
-
-
 _NONE = np.empty(0, np.float32)
-_TOKEN_FLOATS = ("logprobs", "trainer_logprobs", "entropies")
 
 
 class Run:
@@ -254,36 +234,6 @@ class Run:
         self._lock.close()
 
 
-# ------------------------------------------------------------------ reading, for tools and reports
-
-
-def read_metrics(folder: Path) -> dict[int, Metrics]:
-    """All metrics of a run by step, in order. Where a step was logged more than once (evaluations,
-    a resumed run), each metric has its latest value. A run may still be writing."""
-    steps: dict[int, Metrics] = {}
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):  # being written just now
-                break
-            record = json.loads(line)
-            broken = {name: float(value) for name, value in record.pop("nonfinite", {}).items()}
-            steps.setdefault(record.pop("step"), {}).update(record | broken)
-    return dict(sorted(steps.items()))
-
-
-def read_samples(path: Path) -> Iterator[SampleRecord]:
-    """The samples of one file, one at a time."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            for key in _TOKEN_FLOATS:
-                values = record.get(key, ())  # runs of before have no entropies
-                record[key] = [math.nan if value is None else value for value in values]
-            if record.get("advantage") is None:
-                record["advantage"] = math.nan
-            yield SampleRecord(**record)
-
-
 # ------------------------------------------------------------------ writing
 
 
@@ -374,7 +324,7 @@ def _write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
     with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw) as file:
         for record in records:
             line = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            line |= {key: _json_floats(line[key]) for key in _TOKEN_FLOATS}
+            line |= {key: _json_floats(line[key]) for key in TOKEN_FLOATS}
             (line["advantage"],) = _json_floats([record.advantage])
             file.write(json.dumps(line).encode("ascii") + b"\n")
 

@@ -28,6 +28,7 @@ from miles_lite.launch.facts import Facts
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError, head_problems, require
 from miles_lite.launch.roster import Roster, Wanted
+from miles_lite.log import say
 from miles_lite.planner.hardware import Hardware
 
 SET_HERE = ("cluster.address", "cluster.device")  # by us, not by an override
@@ -127,7 +128,7 @@ class Head:
             if ours.done() and not lost:
                 lost = f"Ray ended on the head: {ray.last_words()}"
             if lost and not driving.done():
-                print(f"launch: {lost}; ending the run", flush=True)
+                say(f"launch: {lost}; ending the run")
                 # the driver knows which rank it misses, and says so if it is let
                 await asyncio.wait({driving}, timeout=GRACE_S)
             if not driving.done() and self._child is not None:

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from miles_lite.log import SafeStream, printable, say
 from miles_lite.orphan import die_with
 
 MAX_REASON_LEN = 200
@@ -181,10 +182,8 @@ def _tell_once(reward: Callable[..., Any], error: Exception) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     name = getattr(getattr(reward, "func", reward), "__name__", "reward")
-    message = str(error)[:MAX_REASON_LEN].encode("ascii", "backslashreplace").decode()
-    print(
-        f"reward {name}: {type(error).__name__}: {message} ({where})", file=sys.stderr, flush=True
-    )
+    message = printable(str(error)[:MAX_REASON_LEN])
+    say(f"reward {name}: {type(error).__name__}: {message} ({where})", sys.stderr)
 
 
 def main(settings: str) -> None:
@@ -274,11 +273,13 @@ def _kill(forked: set[int], pid: int) -> None:
 
 
 def _silence() -> None:
-    """A reward reads nothing, and prints to stderr."""
+    """A reward reads nothing, and prints to stderr what no terminal obeys."""
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.close(empty)
     os.dup2(2, 1)
+    plain = os.fdopen(os.dup(2), "wb", 0)
+    sys.stdout = sys.stderr = SafeStream(plain, "utf-8", "backslashreplace", write_through=True)
 
 
 def _limit_memory(num_bytes: int) -> None:

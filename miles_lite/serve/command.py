@@ -90,6 +90,7 @@ def _serve_here(folder: Path, options: argparse.Namespace, api_key: str) -> None
     try:
         import uvicorn
 
+        from miles_lite.serve.limits import MAX_CONNECTIONS, Protocol
         from miles_lite.serve.server import Served, application
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'miles-lite[serve]'") from None
@@ -118,6 +119,8 @@ def _serve_here(folder: Path, options: argparse.Namespace, api_key: str) -> None
         host=options.host,
         port=options.port,
         log_level="warning",
+        http=Protocol,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
 

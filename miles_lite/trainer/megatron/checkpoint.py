@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -35,6 +36,15 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import Optimizer
 from miles_lite.weights.torch_dist import DistCheckpoint
+
+_WEIGHTS_ONLY = (
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load refuses all but tensors and plain values
+)
+# what numpy's random state is pickled as
+_OF_NUMPY = [
+    *(numpy._core.multiarray._reconstruct, numpy.ndarray),  # pyright: ignore
+    *(numpy.dtype, numpy.dtypes.UInt32DType),
+]
 
 
 def save(
@@ -93,7 +103,8 @@ def load(
     optimizer.load_state(loaded["optimizer"], int(loaded["updates"]))
     mine = folder / "random" / f"rank_{dist.get_rank():05d}.pt"
     if same_layout:
-        _set_random_state(torch.load(mine, weights_only=False))
+        with torch.serialization.safe_globals(_OF_NUMPY):
+            _set_random_state(torch.load(mine, weights_only=True))
 
 
 # ------------------------------------------------------------------ torch_dist
@@ -155,9 +166,16 @@ class Writer:
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Megatron and torch unpickle whatever a checkpoint holds: so `.metadata` is looked at first,
+    and no other file may name a function."""
+    DistCheckpoint(folder)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _dp_group())
-    loaded: Any = dist_checkpointing.load(state, str(folder), strategy)
-    return loaded
+    before = os.environ.get(_WEIGHTS_ONLY, "")
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        return cast(dict[str, Any], dist_checkpointing.load(state, str(folder), strategy))
+    finally:
+        os.environ[_WEIGHTS_ONLY] = before
 
 
 def _dp_group() -> Any:
