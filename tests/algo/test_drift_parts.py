@@ -56,14 +56,12 @@ def test_of_a_long_answer_what_was_scored_is_compared() -> None:
 def test_what_was_not_measured_is_not_there() -> None:
     samples = {0: sample(-1.0), 1: sample(-1.0, version=2)}
     assert drift_parts({}, Rescored(), {}, version=3) == {}
-    assert drift_parts(samples, Rescored(), said({0: [-1.0]}), version=3) == {
-        "drift/version_gap": 1
-    }
+    gap = {"drift/version_gap": 1}
+    assert drift_parts(samples, Rescored(), said({0: [-1.0]}), version=3) == gap
     again = Rescored([completion(-1.0), completion(-1.5)])
-    assert drift_parts(samples, again, {}, version=3) == {"drift/version_gap": 1}
-    assert (
-        drift_parts(samples, again, said({1: [-1.5]}), version=3)["drift/decode_vs_prefill"] == 0.5
-    )
+    assert drift_parts(samples, again, {}, version=3) == gap
+    metrics = drift_parts(samples, again, said({1: [-1.5]}), version=3)
+    assert metrics["drift/decode_vs_prefill"] == 0.5
 
 
 def test_what_truncation_and_temperature_make_of_it() -> None:
