@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from miles_lite.cluster import CPU_DEVICE
+from miles_lite.cluster import CPU_DEVICE, roll
 from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.config import ClusterConfig
 
@@ -44,7 +44,8 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
     try:
         bundles = reserve(num_devices, resource, cluster.start_timeout_s)
         try:
-            yield bundles
+            with roll.board(ray.util.get_node_ip_address()):
+                yield bundles
         finally:
             remove_placement_group(bundles[0].group)
     finally:

@@ -23,6 +23,7 @@ from miles_lite.types import Verdict
 
 START_S = 120.0  # for the zygote to import the reward files
 FORK_S = 30.0  # for the zygote to fork
+MAX_PIECES, PIECE_S = 16, 10.0  # of a line on a pipe, and between two of them
 _MAX_ABOUT = 1 << 16  # bytes of what the zygote says of its functions
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -220,16 +221,21 @@ class Worker:
             pass
 
     def _read(self) -> tuple[list[list[Verdict]], bool]:
-        """What it says, in whole lines, and whether it asks to go on. Raises Lost."""
-        data = os.read(self._answers, 1 << 16)
-        lines, newline, self._unread = (self._unread + data).rpartition(b"\n")
+        """What it says, in whole lines, and whether it asks to go on. Raises Lost, also where it
+        talks on and on without saying anything."""
+        newline = b""
+        for _ in range(MAX_PIECES):
+            data = os.read(self._answers, 1 << 16)
+            lines, newline, self._unread = (self._unread + data).rpartition(b"\n")
+            if newline or not data or not _wait(self._answers, select.POLLIN, PIECE_S):
+                break
         try:
-            if not data:
+            if not newline:
                 raise EOFError
-            answers = json.loads(b"[" + lines.replace(b"\n", b",") + b"]") if newline else []
+            answers = json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
             verdicts = [[Verdict(*result) for result in results] for results, _ in answers]
-            return verdicts, bool(answers) and answers[-1][1]
-        except (EOFError, ValueError, TypeError) as error:  # or what it says means nothing
+            return verdicts, answers[-1][1]
+        except (EOFError, ValueError, TypeError, RecursionError) as error:  # it means nothing
             raise Lost("crash") from error
 
     def _cpu(self) -> tuple[float, bool]:

@@ -12,6 +12,7 @@ import torch
 
 from miles_lite import log
 from miles_lite.cluster.rendezvous import open_store
+from miles_lite.cluster.roll import Here
 from miles_lite.intact import file_digest
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.orphan import bind_forks
@@ -30,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class MegatronWorker:
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         log.setup("trainer", rank)
+        self._here = Here()
         bind_forks()  # Megatron forks writers of checkpoints, which wait for theirs for ever
         # of every rank, at every start: what is not installed, what torch will rename one day
         warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
@@ -114,6 +116,7 @@ class MegatronWorker:
 
     def enter(self, phase: Phase) -> dict[str, int]:
         """Free or take memory as `phase` says; bytes held afterwards by kind."""
+        self._here.phase = phase.value
         self._memory.enter(phase)
         return self.held_bytes()
 
