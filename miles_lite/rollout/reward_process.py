@@ -22,7 +22,7 @@ from miles_lite.rollout.reward_worker import DROP, GO_ON
 from miles_lite.types import Verdict
 
 START_S = 120.0  # for the zygote to import the reward files
-FORK_S = 30.0  # for the zygote to fork
+FORK_S = 10.0  # for the zygote to fork
 MAX_PIECES, PIECE_S = 16, 10.0  # of a line on a pipe, and between two of them
 _MAX_ABOUT = 1 << 16  # bytes of what the zygote says of its functions
 _BOOT = (
@@ -60,6 +60,7 @@ class Zygote:
         self._settings = settings
         self._lock = threading.Lock()  # one thread at a time talks through _control
         self._closed = False
+        self._process: subprocess.Popen[bytes]
         self.about: About
         self._start()
 
@@ -73,6 +74,7 @@ class Zygote:
                     if self._closed:
                         raise
                     self._control.close()
+                    self._process.kill()  # it may be stuck or stopped
                     self._start()
                     return self._fork()
             except (OSError, EOFError, ValueError) as error:
@@ -117,13 +119,13 @@ class Zygote:
         def keep() -> None:
             """The kernel kills the zygote when the thread that started it ends: after it, here."""
             with theirs:
-                process = subprocess.Popen(
+                self._process = subprocess.Popen(
                     command,
                     stdin=theirs.fileno(),
                     env=env,
                     start_new_session=True,  # Ctrl-C is the driver's
                 )
-            process.wait()
+            self._process.wait()
 
         threading.Thread(target=keep, daemon=True, name="reward-zygote").start()
         ours.settimeout(START_S)
@@ -239,12 +241,15 @@ class Worker:
             raise Lost("crash") from error
 
     def _cpu(self) -> tuple[float, bool]:
-        """Seconds it has computed, and whether it has, or would use, a core just now."""
+        """Seconds it has computed, and whether it has, or would use, a core just now. Raises Lost
+        if it is dead, while something that it started holds its pipes."""
         try:
             with open(f"/proc/{self.pid}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
-        except FileNotFoundError:
-            return 0.0, False
+        except FileNotFoundError as error:
+            raise Lost("crash") from error
+        if fields[0] in "ZX":
+            raise Lost("crash")
         return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S, fields[0] == "R"
 
 
