@@ -205,11 +205,11 @@ def _train(overrides: Sequence[str]) -> None:
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
-    with Run.open(cfg, datetime.now()) as run:
+    with StopRequest() as stop, Run.open(cfg, datetime.now()) as run:
         with (
+            stop.told(),
             Console(cfg.experiment, cfg.train.num_steps) as console,
             build.start(cfg, inputs, run.folder / "engines") as parts,
-            StopRequest() as stop,  # after Ray, which takes SIGTERM for itself
         ):
             train(cfg, run, parts, console, stop)
         summary = summarize(run.folder, read_metrics(run.folder))

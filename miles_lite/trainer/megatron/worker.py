@@ -13,7 +13,7 @@ import torch
 from miles_lite import log
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.cluster.roll import Here
-from miles_lite.intact import file_digest
+from miles_lite.intact import file_digest, writing
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.orphan import bind_forks
 from miles_lite.protocols import Hosted, Phase
@@ -145,12 +145,15 @@ class MegatronWorker:
 
         self._memory.take_optimizer()
         writer = checkpoint.Writer(asynchronous)
-        checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
+        self._writing = lambda: writing(folder, checkpoint.CheckpointException)
+        with self._writing():
+            checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
         self._writer = writer
 
     def finish_save(self) -> None:
         """Collective: all ranks have written all of it when this returns."""
-        self._writer.finish()
+        with self._writing():
+            self._writer.finish()
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
@@ -203,4 +206,5 @@ class MegatronWorker:
             for tensor, start, offset, count in iter_segments(hosted):
                 if (tensor, start, start + count) in mine:
                     rows = self._weights[hosted.param].narrow(hosted.dim, offset, count)
-                    writer.write(tensor, hosted.dim, start, rows)
+                    with writing(folder):
+                        writer.write(tensor, hosted.dim, start, rows)
