@@ -101,7 +101,7 @@ def fill(disk: Path) -> None:
         assert digests(hf) == whole and len(read_metrics(disk / "run")) == num_logged + 2
 
     remount(disk, "ro")
-    with pytest.raises(RunError, match=r"run: Read-only file system; \d+ MiB are free there"):
+    with pytest.raises(RunError, match=r"disk: Read-only file system; \d+ MiB are free there"):
         Run.open(cfg, now)
 
 
