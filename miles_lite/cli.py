@@ -9,6 +9,7 @@ from datetime import datetime
 from miles_lite import log
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
+from miles_lite.protocols import EngineError, RemoteError
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
 from miles_lite.stop import AlarmError, Stopped
@@ -39,6 +40,10 @@ miles-lite serve --model DIR|RUN[@STEP]            an OpenAI-compatible endpoint
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
+
+
+# of a run, told in one line: where they come from is told in it
+FAILURES = (RunError, NoSignalError, AlarmError, CheckpointError, RemoteError, EngineError)
 
 
 def main() -> None:
@@ -75,7 +80,7 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
+    except (ValueError, *FAILURES) as error:
         log.say(f"miles-lite {words[0]}: {error}", sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:
@@ -201,11 +206,11 @@ def _train(overrides: Sequence[str]) -> None:
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
-    with Run.open(cfg, datetime.now()) as run:
+    with StopRequest() as stop, Run.open(cfg, datetime.now()) as run:
         with (
+            stop.told(),
             Console(cfg.experiment, cfg.train.num_steps) as console,
             build.start(cfg, inputs, run.folder / "engines") as parts,
-            StopRequest() as stop,  # after Ray, which takes SIGTERM for itself
         ):
             train(cfg, run, parts, console, stop)
         summary = summarize(run.folder, read_metrics(run.folder))

@@ -85,6 +85,10 @@ class Bucket:
     num_bytes: int
 
 
+class RemoteError(RuntimeError):
+    """A rank failed, died, or did not answer in time. The message names rank and operation."""
+
+
 class EngineError(RuntimeError):
     """An engine cannot answer. The message names engine and rank."""
 

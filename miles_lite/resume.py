@@ -16,6 +16,7 @@ from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.build import Parts
 from miles_lite.checkpoints import Checkpoint, CheckpointError
 from miles_lite.claim import refuse_changes
+from miles_lite.intact import writing
 from miles_lite.metrics import ABS_DIFF, RUN_ID
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
@@ -63,13 +64,14 @@ def save(
     parts.trainer.save(folder, run.saves_meanwhile)
     answers = [(s.tokens, s.prompt_len) for s in sequences]
     found = scores(answers, parts.trainer, parts.packing)
-    np.savez(
-        folder / PROBE,
-        tokens=np.concatenate([np.asarray(s.tokens, np.int32) for s in sequences]),
-        lengths=np.asarray([len(s.tokens) for s in sequences]),
-        prompt_lengths=np.asarray([s.prompt_len for s in sequences]),
-        scores=np.concatenate(found),
-    )
+    with writing(folder / PROBE):
+        np.savez(
+            folder / PROBE,
+            tokens=np.concatenate([np.asarray(s.tokens, np.int32) for s in sequences]),
+            lengths=np.asarray([len(s.tokens) for s in sequences]),
+            prompt_lengths=np.asarray([s.prompt_len for s in sequences]),
+            scores=np.concatenate(found),
+        )
     state = {
         "config": run.config,
         "layout": dict(parts.trainer.layout),

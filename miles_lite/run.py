@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -43,6 +42,7 @@ from miles_lite import environment
 from miles_lite.checkpoints import Checkpoints
 from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
+from miles_lite.intact import RunError, writing
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
 from miles_lite.protocols import Metrics, StepResult
 from miles_lite.records import TOKEN_FLOATS, SampleRecord
@@ -52,10 +52,6 @@ from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
 
 logger = logging.getLogger(__name__)
-
-
-class RunError(RuntimeError):
-    """Something of the run folder cannot be written. Says what, why, and how full the disk is."""
 
 
 _NONE = np.empty(0, np.float32)
@@ -93,7 +89,7 @@ class Run:
         """
         _check(cfg)
         plain = _plain(cfg)
-        with _writing(cfg.log.folder):
+        with writing(cfg.log.folder):
             if cfg.log.name:
                 folder = cfg.log.folder / cfg.log.name
                 folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +99,7 @@ class Run:
         check_same(folder, plain)
         _write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
         _write_json(folder / "environment.json", environment.describe())
-        with _writing(folder / "metrics.jsonl"):
+        with writing(folder / "metrics.jsonl"):
             sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
         if not kept_run_id(folder) and (run_id := _run_id_of_checkpoints(folder / "checkpoints")):
             keep_run_id(folder, run_id)
@@ -137,7 +133,7 @@ class Run:
         self.start = step
         if (found := self.metrics_bytes) < metrics_bytes:  # a checkpoint that came from elsewhere
             logger.warning("%s lacks steps before %d", self.folder / "metrics.jsonl", step)
-        with _writing(self.folder):
+        with writing(self.folder):
             os.truncate(self.folder / "metrics.jsonl", min(found, metrics_bytes))
             for pattern in ("samples/step_*", "eval/*/step_*"):
                 for file in self.folder.glob(pattern):
@@ -163,7 +159,7 @@ class Run:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """To every sink. On disk when this returns."""
-        with _writing(self.folder / "metrics.jsonl"):
+        with writing(self.folder / "metrics.jsonl"):
             for sink in self._sinks:
                 sink.log(step, metrics)
 
@@ -342,7 +338,7 @@ def _write_text(path: Path, text: str) -> None:
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name only when it is complete and on disk."""
     part = path.with_name(f".{path.name}.part")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
@@ -352,19 +348,3 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a failing write into one sentence: a full disk is the usual end of a long run."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; {_room(path)}") from error
-
-
-def _room(path: Path) -> str:
-    place = next(
-        parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()
-    )
-    return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"

@@ -37,6 +37,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
     trainer.send_weights(rollout, version=run.start)
     alarms = Alarms(Limits.of(cfg), read_metrics(run.folder))
 
+    stop.in_steps = True
     for step in range(run.start, cfg.train.num_steps):
         begin = time.perf_counter()
         console.phase("generate")
@@ -84,6 +85,8 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
             stop.heed()
 
     resume.complete(run, parts)
+    stop.in_steps = False
+    stop.heed()
     console.phase("evaluate")
     devices.enter(Phase.generate)
     _evaluate(run, cfg.train.num_steps, parts, console)

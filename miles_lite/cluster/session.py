@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from miles_lite.cluster import CPU_DEVICE
+from miles_lite.cluster import CPU_DEVICE, roll
 from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.config import ClusterConfig
 
@@ -32,19 +33,28 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
         )
     resource = "GPU" if device == "cuda" else CPU_DEVICE
     local = cluster.address == "local"
-    ray.init(
-        address=cluster.address,
-        resources={CPU_DEVICE: num_devices} if local and device == "cpu" else None,
-        num_cpus=max(os.cpu_count() or 1, 1) if local else None,
-        include_dashboard=False if local else None,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-        configure_logging=False,
-    )
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=cluster.address,
+            resources={CPU_DEVICE: num_devices} if local and device == "cpu" else None,
+            num_cpus=max(os.cpu_count() or 1, 1) if local else None,
+            include_dashboard=False if local else None,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            configure_logging=False,
+        )
+    except SystemExit:  # Ray's own answer to SIGTERM, which is better than the default only
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
     try:
         bundles = reserve(num_devices, resource, cluster.start_timeout_s)
         try:
-            yield bundles
+            with roll.board(ray.util.get_node_ip_address()):
+                yield bundles
         finally:
             remove_placement_group(bundles[0].group)
     finally:

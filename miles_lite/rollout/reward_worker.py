@@ -10,6 +10,7 @@ zygote, which ends with the parent. It grades in its main thread, so a library m
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import gc
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from miles_lite.log import SafeStream, printable, say
-from miles_lite.orphan import die_with
+from miles_lite.orphan import adopt_orphans, die_with
 
 MAX_REASON_LEN = 200
 MAX_ERROR_LEN = 10_000
@@ -205,7 +206,8 @@ def main(settings: str) -> None:
     about = {name: [reward.by_group, reward.wants] for name, reward in rewards.items()}
     control.send(json.dumps([os.getpid(), about]).encode())
     gc.freeze()  # workers share its pages for good
-    forked: set[int] = set()
+    adopt_orphans()
+    forked, own = set[int](), _children()
     while message := socket.recv_fds(control, 64, 2):
         word, pipes, *_ = message
         if not word:
@@ -214,8 +216,10 @@ def main(settings: str) -> None:
             control.send(b"%d" % _fork(control, pipes, rewards, forked, asked["memory_bytes"]))
         else:
             _kill(forked, int(word.removeprefix(b"kill ")))
+            _end_orphans(forked | own)
     for pid in tuple(forked):
         _kill(forked, pid)
+    _end_orphans(own)
     os._exit(0)  # no exit handler of a reward's library may keep it
 
 
@@ -270,6 +274,23 @@ def _kill(forked: set[int], pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     forked.discard(pid)
+
+
+def _end_orphans(known: set[int]) -> None:
+    """What left its worker's process group and lost its parent is ours now: none is to stay."""
+    while orphans := _children() - known:
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    found = set[int]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(stat.parent.name))
+    return found
 
 
 def _silence() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 
 from miles_lite.cluster.actor import Remote, call_all, gather
+from miles_lite.intact import writing
 from miles_lite.metrics import finish, merge
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult, TokenValues
@@ -194,7 +195,8 @@ class TrainerGroup:
         """Every rank writes its rows straight into the files; replicas are written once."""
         dims, source = self._spec.dims, HfCheckpoint(self._spec.model_path)
         writer = HfWriter(folder, source)
-        writer.create()
+        with writing(folder):
+            writer.create()
         owner: dict[tuple[str, int, int], int] = {}
         for rank in range(dims.world_size):
             for hosted in trainer_layout(self._model, dims, rank):
@@ -205,9 +207,10 @@ class TrainerGroup:
             for rank, worker in enumerate(self._workers)
         ]
         gather(calls, self._timeout_s)
-        for name in mtp_tensors(self._model):
-            writer.copy_from_template(name)
-        writer.finish()
+        with writing(folder):
+            for name in mtp_tensors(self._model):
+                writer.copy_from_template(name)
+            writer.finish()
 
     def close(self) -> None:
         """End all workers; whatever they shared goes with them."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from miles_lite.intact import tree_to_disk
 from miles_lite.protocols import Hosted
 from miles_lite.weights.conversion import copy_extras
 from miles_lite.weights.hf_files import DTYPES, INDEX, SINGLE, Stored, read_header, weight_map
@@ -110,13 +111,13 @@ class HfWriter:
         try:
             if dim == 0:
                 row_bytes = width * _product(shape[1:])
-                os.pwrite(fd, raw, base + start * row_bytes)
+                _write_all(fd, raw, base + start * row_bytes)
             else:
                 piece = values.shape[1] * width * _product(shape[2:])
                 row_bytes = width * _product(shape[1:])
                 for row in range(shape[0]):
                     at = base + row * row_bytes + start * width * _product(shape[2:])
-                    os.pwrite(fd, raw[row * piece : (row + 1) * piece], at)
+                    _write_all(fd, raw[row * piece : (row + 1) * piece], at)
         finally:
             os.close(fd)
 
@@ -127,6 +128,7 @@ class HfWriter:
 
     def finish(self) -> None:
         """Replace the target folder by the finished one."""
+        tree_to_disk(self._part)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._part.rename(self.folder)
 
@@ -135,6 +137,13 @@ class HfWriter:
             head, _ = _read_head(self._part / file)
             self._headers[file] = (len(head), json.loads(head[8:]))
         return self._headers[file]
+
+
+def _write_all(fd: int, raw: memoryview, at: int) -> None:
+    """pwrite stops at 2 GiB, and where a disk is full, without a word."""
+    while raw:
+        written = os.pwrite(fd, raw, at)
+        raw, at = raw[written:], at + written
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:

@@ -41,6 +41,18 @@ def obey(response, label):
     elif word == "hoard": return len([bytearray(1 << 20) for _ in range(1 << 20)])
     elif word == "raise": raise KeyError(rest)
     elif word == "forge": os.write(int(rest), b"[1.0, \\"\\"]\\n" * 99 + b"?\\n"); time.sleep(60)
+    elif word == "flood":
+        while True: os.write(int(rest), b"x" * 65536)
+    elif word == "daemon":
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            if os.fork() == 0:
+                with open(rest, "w") as file: file.write(f"{os.getpid()}\\n")
+                time.sleep(600)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os._exit(3)
     elif word == "print": print("[1.0, \\"\\"]")
     elif word == "read": return float(len(sys.stdin.read()))
     elif word == "pid": return os.getpid()
@@ -195,6 +207,22 @@ def test_a_worker_that_talks_nonsense_is_replaced(workers: RewardWorkers) -> Non
             "error: OSError",
         )
     assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
+
+
+def test_a_worker_that_never_ends_its_line_is_replaced(workers: RewardWorkers) -> None:
+    begin = time.monotonic()
+    reasons = [grade(workers, f"flood {descriptor}").reason for descriptor in range(3, 6)]
+    assert "crash" in reasons and set(reasons) <= {"crash", "timeout", "error: OSError"}
+    assert time.monotonic() - begin < 10
+
+
+def test_what_a_worker_left_behind_ends_with_it(workers: RewardWorkers, tmp_path: Path) -> None:
+    """Although it left session and group, and holds the pipes of the worker."""
+    left = tmp_path / "left"
+    begin = time.monotonic()
+    assert grade(workers, f"daemon {left}") == Verdict(0.0, "crash")
+    assert time.monotonic() - begin < 1.4  # it is known to be dead, before the time limit
+    assert wait_for_death([int(left.read_text())], 5) == []
 
 
 def test_big_batches_fit_through_the_pipe(workers: RewardWorkers) -> None:
@@ -365,6 +393,34 @@ def test_a_worker_killed_while_idle_is_replaced(workers: RewardWorkers) -> None:
         os.kill(pid, signal.SIGKILL)
     assert wait_for_death(pids, 5) == []
     assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
+
+
+@pytest.mark.parametrize("victim", ["worker", "zygote"])
+def test_an_answer_whose_worker_is_killed_is_graded_again(
+    workers: RewardWorkers, victim: str
+) -> None:
+    async def race() -> Verdict:
+        slow = asyncio.create_task(workers.grade(ASK, "sleep 0.7"))
+        await asyncio.sleep(0.3)
+        zygote, *pids = workers.pids
+        for pid in [zygote] if victim == "zygote" else pids:
+            os.kill(pid, signal.SIGKILL)
+        return await slow
+
+    assert asyncio.run(race()) == Verdict(1.0, "")
+
+
+def test_a_stopped_zygote_is_replaced(
+    workers: RewardWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles_lite.rollout.reward_process.FORK_S", 1.0)
+    grade(workers, "value 1")
+    zygote, *_ = workers.pids
+    workers._zygote._control.settimeout(1.0)
+    os.kill(zygote, signal.SIGSTOP)
+    assert grade(workers, "exit") == Verdict(0.0, "crash")
+    assert grade_all(workers, ["value 1", "value 2"]) == [Verdict(1.0, ""), Verdict(2.0, "")]
+    assert wait_for_death([zygote], 5) == []
 
 
 def test_a_killed_zygote_is_replaced(workers: RewardWorkers) -> None:

@@ -32,14 +32,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import Optimizer
 from miles_lite.weights.torch_dist import DistCheckpoint
 
-_WEIGHTS_ONLY = (
-    "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load refuses all but tensors and plain values
-)
+# torch.load then refuses all but tensors and plain values
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # what numpy's random state is pickled as
 _OF_NUMPY = [
     *(numpy._core.multiarray._reconstruct, numpy.ndarray),  # pyright: ignore
