@@ -11,7 +11,7 @@ from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
-from miles_lite.stop import ENDED_ITSELF, AlarmError, Stopped
+from miles_lite.stop import ENDED_ITSELF, Accident, AlarmError, Stopped
 
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment;
@@ -78,11 +78,11 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
+    except (ValueError, RunError, Accident, NoSignalError, AlarmError, CheckpointError) as error:
         print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
         if isinstance(error, ValueError):
             return 2
-        return 1 if isinstance(error, RunError) else ENDED_ITSELF
+        return 1 if isinstance(error, RunError | Accident) else ENDED_ITSELF
     except RunFinished as finished:
         print(finished)
     except Stopped as stopped:
@@ -223,10 +223,15 @@ def _train_once(overrides: Sequence[str]) -> None:
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
+
+    def lost(why: str) -> None:
+        run.finish({"error": why}, "failed")
+        print(f"miles-lite train: {why}", file=sys.stderr, flush=True)
+
     with Run.open(cfg, datetime.now()) as run:
         with (
             Console(cfg.experiment, cfg.train.num_steps) as console,
-            build.start(cfg, inputs, run.folder / "engines") as parts,
+            build.start(cfg, inputs, run.folder / "engines", lost) as parts,
             StopRequest() as stop,  # after Ray, which takes SIGTERM for itself
         ):
             train(cfg, run, parts, console, stop)

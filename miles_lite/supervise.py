@@ -111,9 +111,9 @@ class Foreground:
             await self._child.stop()
             self._child = None
 
-    async def stop(self) -> None:
+    async def stop(self, grace_s: float) -> None:
         if self._child is not None:
-            await self._child.stop()
+            await self._child.stop(grace_s)
 
     def _heed(self, signum: int, task: asyncio.Task[int]) -> None:
         """The driver ends the step first, at a second signal at once, at a third it is killed."""

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
 import pytest
 
 from miles_lite.stop import ENDED_ITSELF
+from miles_lite.summary import read_restarts
 from miles_lite.supervise import (
     FIRST_WAIT_S,
     MAX_WAIT_S,
@@ -63,3 +74,115 @@ def test_a_process_may_be_killed_twice_at_the_same_step() -> None:
     for end in (KILLED, Ending(1, 3, "trainer rank 0 failed in 'step': The actor died")):
         assert decide([end] * SAME_ERRORS, 99).again
         assert not decide([end] * SAME_DEATHS, 99).again
+
+
+# ------------------------------------------------------------------ whole runs
+
+# one process of each kind, and little to do
+SMALL = """
+experiment=tiny parallel.dp=1 parallel.ep=1 rollout.engine.tp=1 rollout.engine.dp=1
+rollout.engine.ep=1 rollout.num_prompts=8 rollout.samples_per_prompt=4 train.global_batch=16
+eval.every=0 data.eval=
+""".split()
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "miles_lite.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], deadline_s: float) -> str:
+    """Its output; kills everything it started if it does not end."""
+    try:
+        return process.communicate(timeout=deadline_s)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str], number: int) -> None:
+    deadline = time.monotonic() + 150
+    while process.poll() is None and time.monotonic() < deadline:
+        log = run / "metrics.jsonl"
+        if log.is_file() and log.read_bytes().count(b"\n") >= number:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    raise AssertionError(process.communicate()[0][-4000:])
+
+
+def left(family: Sequence[psutil.Process], within_s: float) -> list[str]:
+    """What of these still lives after so long."""
+    deadline = time.monotonic() + within_s
+    while True:
+        alive = [str(p) for p in family if p.is_running() and p.status() != "zombie"]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_trainer_and_driver_die_and_the_run_ends_as_if_they_had_not(tmp_path: Path) -> None:
+    words = ["--kill", "trainer,driver", "--times", "2", *SMALL, f"log.folder={tmp_path}"]
+    process = start("chaos", *words, "log.name=chaos", "train.num_steps=6")
+    output = ended(process, 380)
+    assert process.returncode == 0, output[-4000:]
+    folder = tmp_path / "chaos"
+    told = json.loads((folder / "chaos.json").read_text())
+    assert {kill["kind"] for kill in told["kills"]} == {"trainer", "driver"}
+    assert all(kill["resumed"] for kill in told["kills"])
+    assert told["samples"] == 6 * 32 and told["weights_equal"]
+    assert (told["lost"], told["doubled"], told["differing"]) == (0, 0, {})
+
+    summary = json.loads((folder / "disturbed/summary.json").read_text())
+    assert summary["outcome"] == "finished" and summary["restarts"] == 2
+    assert "killed by SIGKILL" in summary["restart_causes"]
+    assert "trainer rank 0 on" in summary["restart_causes"]
+    restarts = read_restarts(folder / "disturbed")
+    assert [line["step"] for line in restarts] == [kill["step"] for kill in told["kills"]]
+    assert "restarts           2, after" in (folder / "disturbed.log").read_text()
+
+
+@pytest.mark.slow
+def test_who_supervises_is_killed_or_asked_to_stop(tmp_path: Path) -> None:
+    """Killed it takes all along; asked it lets the driver save, and starts none again."""
+    words = ["train", "--supervise", *SMALL, f"log.folder={tmp_path}", "log.name=run"]
+    process = start(*words, "train.num_steps=1000")
+    wait_for_steps(tmp_path / "run", process, 1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert left(family, 5) == []
+    process.communicate()
+
+    process = start(*words, "train.num_steps=1000")
+    wait_for_steps(tmp_path / "run", process, 2)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    output = ended(process, 60)
+    assert process.returncode == 128 + signal.SIGTERM, output[-4000:]
+    assert "stopped by SIGTERM, all of it saved" in output
+    assert "not started again" not in output and "restart" not in output
+    assert left(family, 5) == []
+
+
+@pytest.mark.slow
+def test_without_ray_a_run_ends_at_once_and_says_why(tmp_path: Path) -> None:
+    process = start(
+        "train", *SMALL, f"log.folder={tmp_path}", "log.name=run", "train.num_steps=1000"
+    )
+    wait_for_steps(tmp_path / "run", process, 1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    [head] = [child for child in family if child.name() == "gcs_server"]
+    head.kill()
+    output = ended(process, 5)
+    assert process.returncode == 1 and "Ray's head (GCS) on" in output, output[-4000:]
+    assert left(family, 10) == []
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["outcome"] == "failed" and "Ray's head (GCS) on" in summary["error"]

@@ -132,9 +132,11 @@ class Head:
                 lost = f"Ray ended on the head: {ray.last_words()}"
             if lost and not driving.done():
                 print(f"launch: {lost}; ending the run", flush=True)
-                # the driver knows which rank it misses, and says so if it is let
-                await asyncio.wait({driving}, timeout=GRACE_S)
-            await self._driver.stop()
+                # the driver knows which rank it misses, and says so if it is let; without Ray here
+                # it can do nothing
+                grace_s = 0.0 if ours.done() else GRACE_S
+                await asyncio.wait({driving}, timeout=grace_s)
+                await self._driver.stop(grace_s)
             code = await driving
         finally:
             ours.cancel()
