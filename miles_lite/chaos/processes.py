@@ -15,20 +15,15 @@ _ACTORS = {
 }
 _RAY = {"raylet/raylet": "node", "gcs/gcs_server": "gcs"}
 _PHASES = {
-    "step": "train",
-    "score": "save",
-    "save": "save",
-    "finish_save": "save",
-    "digests": "save",
-    "send_weights": "sync",
-    "prepare_sync": "sync",
-    "finish_sync": "sync",
-    "export_hf": "export",
-    "listen": "start",
-    "setup": "start",
-    "load": "start",
-    "__init__": "start",
-}
+    "start": "__init__ listen connect follow setup load hosted",
+    "generate": "submit poll cancel abort",
+    "train": "step refresh_reference",
+    "sync": "prepare_sync send_weights set_routes load_bucket finish_sync set_version checksums",
+    "save": "save finish_save score digests",
+    "export": "export_hf",
+    "change": "enter held_bytes",  # from one phase to the next
+}  # by the methods of actors
+_PHASE_OF = {method: phase for phase, methods in _PHASES.items() for method in methods.split()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +72,9 @@ def _is_reward(command: Sequence[str]) -> bool:
 
 
 def phase(found: Sequence[Member]) -> str:
-    """Of the loop, as the methods tell that run just now."""
+    """Of the loop, as the methods tell that run just now; "driver" when none does."""
     running: Mapping[str, str] = {m.kind: m.method for m in found if m.method}
     if not any(m.kind in ("trainer", "engine") for m in found):
         return "start"
     method = running.get("trainer") or running.get("engine", "")
-    return _PHASES.get(method, method) or "between"
+    return _PHASE_OF.get(method, method) or "driver"
