@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from miles_lite.log import few
 from miles_lite.protocols import Metrics
 
 Summary = dict[str, float | int | str]
@@ -26,8 +27,8 @@ def summarize(folder: Path, steps: Mapping[int, Metrics]) -> Summary:
     rewards = [metrics["rollout/raw_reward"] for metrics in trained]
     found: Summary = {"run_folder": str(folder), "num_steps": len(trained)}
     if restarts := read_restarts(folder):
-        causes = "; ".join(f"after {line['step']} steps: {line['cause']}" for line in restarts)
-        found |= {"restarts": len(restarts), "restart_causes": causes}
+        causes = [f"after {line['step']} steps {line['cause']}" for line in reversed(restarts)]
+        found |= {"restarts": len(restarts), "restart_causes": few(causes)}
     if not trained:
         return found
     found |= {
@@ -78,5 +79,5 @@ def lines(summary: Summary) -> list[str]:
             f"{summary['eval_after']:.3f} (held out)"
         )
     if "restarts" in summary:
-        told.append(f"restarts           {summary['restarts']}, {summary['restart_causes']}")
+        told.append(f"restarts           {summary['restarts']}: {summary['restart_causes']}")
     return [*told, f"run folder         {summary['run_folder']}"]

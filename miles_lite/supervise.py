@@ -135,7 +135,7 @@ async def supervise(
         endings.append(_ending(folder, code, before))
         decision = decide(endings, restarts)
         if stopping() or not decision.again:
-            if len(endings) > 1 or code not in REASONS:
+            if code not in REASONS:
                 logger.warning("not started again: %s", decision.why)
             return code
         _tell(folder, endings, decision, restarts)
@@ -186,13 +186,16 @@ def options(words: Sequence[str]) -> argparse.Namespace:
         "--supervise", action="store_true", help="go on from the last checkpoint after an accident"
     )
     parser.add_argument(
-        "--restarts", type=int, default=DEFAULT_RESTARTS, metavar="N", help="at most so many times"
+        "--restarts", type=int, metavar="N", help=f"at most so many times, {DEFAULT_RESTARTS}"
     )
-    return parser.parse_intermixed_args(words)
+    found = parser.parse_intermixed_args(words)
+    if found.restarts is not None and not found.supervise:
+        parser.error("--restarts is for --supervise")
+    return found
 
 
-def run(overrides: Sequence[str], restarts: int) -> int:
-    """The status of the run."""
+def run(overrides: Sequence[str], restarts: int | None) -> int:
+    """The status of the run. restarts: None for the default."""
     cfg = compose(overrides)
     # a name is what lets it go on
     name = cfg.log.name or f"{cfg.experiment}-{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -203,7 +206,7 @@ def run(overrides: Sequence[str], restarts: int) -> int:
         return await supervise(
             cfg.log.folder / name,
             lambda: driver.run("train", words),
-            restarts,
+            DEFAULT_RESTARTS if restarts is None else restarts,
             lambda: driver.asked,
         )
 

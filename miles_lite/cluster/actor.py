@@ -161,8 +161,8 @@ def _late(calls: Sequence[Call], deadline_s: float) -> RemoteError:
 def _failed(call: Call, error: Exception) -> RemoteError:
     if isinstance(error, ray.exceptions.ActorDiedError) and (found := _PID.search(str(error))):
         return RemoteDied(
-            f"{call.remote.name} died in {call.method!r}: its process {found[1]} was killed, by "
-            "somebody or for want of memory, or crashed; what it said last is above"
+            f"{call.remote.name} died in {call.method!r}: its process {found[1]} was killed, ran "
+            "out of memory or crashed"
         )
     cause = getattr(error, "cause", None) or error
     return RemoteError(f"{call.remote.name} failed in {call.method!r}: {cause}")
