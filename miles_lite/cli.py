@@ -11,7 +11,7 @@ from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
-from miles_lite.stop import ENDED_ITSELF, Accident, AlarmError, Stopped
+from miles_lite.stop import ENDED_ITSELF, AlarmError, Stopped
 
 USAGE = """\
 miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment;
@@ -78,11 +78,11 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, RunError, Accident, NoSignalError, AlarmError, CheckpointError) as error:
+    except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
         print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
-        if isinstance(error, ValueError):
-            return 2
-        return 1 if isinstance(error, RunError | Accident) else ENDED_ITSELF
+        if isinstance(error, NoSignalError | AlarmError | CheckpointError):
+            return ENDED_ITSELF
+        return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:
         print(finished)
     except Stopped as stopped:

@@ -20,10 +20,6 @@ class Stopped(Exception):
         self.signum = signum
 
 
-class Accident(RuntimeError):
-    """A process of the run died. The message says which, where and in what; no trace says more."""
-
-
 class AlarmError(RuntimeError):
     """An alarm that is to end the run (alarms.stop). It has saved all it had."""
 

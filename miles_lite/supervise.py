@@ -36,6 +36,7 @@ DEFAULT_RESTARTS = 10
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
 SAME_ERRORS = 2  # attempts in a row with the same error at the same step: a bug, not an accident
 SAME_DEATHS = 4  # the same, of a process that died: whoever kills at random may strike twice
+MAX_CAUSE = 300  # characters: some libraries write pages
 
 REASONS = {0: "it has finished", 2: "a mistake that no restart mends"}
 REASONS |= {ENDED_ITSELF: "the run ended itself"}
@@ -155,7 +156,8 @@ def _ending(folder: Path, code: int, before: int) -> Ending:
     if code > 128:
         cause = f"the driver was killed by {signal.Signals(code - 128).name}"
     if _stamp(folder) != before and _stamp(folder):  # a driver that is killed writes none
-        cause = json.loads((folder / "summary.json").read_text()).get("error", cause)
+        said = json.loads((folder / "summary.json").read_text()).get("error", cause)
+        cause = " ".join(said.split())[:MAX_CAUSE]
     logged = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else {}
     trained = [step for step, metrics in logged.items() if "perf/step_time" in metrics]
     return Ending(code, max(trained, default=-1) + 1, cause)

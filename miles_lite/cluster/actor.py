@@ -6,7 +6,6 @@ Every wait has a deadline and, when it passes, names who did not answer and to w
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +18,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from miles_lite.cluster.placement import Bundle
 from miles_lite.log import few
-from miles_lite.stop import Accident
-
-_PID = re.compile(r"^\s*pid: (\d+)", re.MULTILINE)  # in Ray's words on an actor that ran
 
 
 class RemoteError(RuntimeError):
     """A rank failed, died, or did not answer in time. The message names rank and operation."""
-
-
-class RemoteDied(RemoteError, Accident):
-    """The process of a rank died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +151,5 @@ def _late(calls: Sequence[Call], deadline_s: float) -> RemoteError:
 
 
 def _failed(call: Call, error: Exception) -> RemoteError:
-    if isinstance(error, ray.exceptions.ActorDiedError) and (found := _PID.search(str(error))):
-        return RemoteDied(
-            f"{call.remote.name} died in {call.method!r}: its process {found[1]} was killed, ran "
-            "out of memory or crashed"
-        )
     cause = getattr(error, "cause", None) or error
     return RemoteError(f"{call.remote.name} failed in {call.method!r}: {cause}")

@@ -93,7 +93,7 @@ def test_the_first_failure_ends_the_wait_and_is_named(ranks: list[Remote]) -> No
 def test_a_killed_rank_is_named(ranks: list[Remote]) -> None:
     pids = call_all(ranks, "pid", deadline_s=60)
     os.kill(pids[2], signal.SIGKILL)
-    with pytest.raises(RemoteError, match=rf"test rank 2 died in 'pid': its process {pids[2]} was"):
+    with pytest.raises(RemoteError, match=r"test rank 2 failed in 'pid'"):
         call_all(ranks, "pid", deadline_s=60)
 
 
