@@ -135,7 +135,9 @@ async def supervise(
         code = await attempt()
         endings.append(_ending(folder, code, before))
         decision = decide(endings, restarts)
-        if stopping() or not decision.again:
+        if stopping():
+            return code
+        if not decision.again:
             if code not in REASONS:
                 logger.warning("not started again: %s", decision.why)
             return code
