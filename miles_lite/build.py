@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -128,14 +128,16 @@ class StartedEngine(Engine, Protocol):
 
 
 @contextlib.contextmanager
-def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
+def start(
+    cfg: Config, inputs: Inputs, log_folder: Path, lost: Callable[[str], None] = log.error
+) -> Iterator[Parts]:
     """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving.
-    Servers log to `log_folder`."""
+    Servers log to `log_folder`. lost: see open_session."""
     device = device_of(cfg)
     expected = Expected.of(replace(cfg, cluster=replace(cfg.cluster, device=device)), inputs.model)
     with contextlib.ExitStack() as stack:
         bundles = stack.enter_context(
-            session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
+            session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device, lost)
         )
         check_groups([bundle.host for bundle in bundles], groups_of_neighbours(cfg))
         spots = _spots(cfg, bundles, device, log_folder)

@@ -9,6 +9,7 @@
       checkpoints/          what a restart needs, see checkpoints.py
       hf/                   the trained policy, written by the trainer
       summary.json          how the run ended
+      restarts.jsonl        one line each, by who supervised it, see supervise.py
 
 A run with a name goes on where it stopped when the same command is given again; `touch save_now` in
 its folder asks for a checkpoint at the end of the step.
@@ -58,7 +59,8 @@ _NONE = np.empty(0, np.float32)
 
 
 class Run:
-    """Created by the driver, which alone writes here. A context: leaving it closes all sinks."""
+    """Created by the driver, which alone writes here while it runs. A context: leaving it closes
+    all sinks."""
 
     def __init__(
         self,

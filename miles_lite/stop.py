@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENDED_ITSELF = 3  # exit status of a run that ended for a reason which starting it again leaves
 
 
 class Stopped(BaseException):

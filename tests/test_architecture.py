@@ -25,7 +25,7 @@ LEVELS = (
     "planner report",
     "build serve",
     "resume drift",
-    "train evaluate samples replay doctor launch",
+    "train evaluate samples replay doctor launch supervise chaos",
     "cli",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

@@ -7,24 +7,30 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 from ray.util.placement_group import remove_placement_group
 
 from miles_lite.cluster import CPU_DEVICE, roll
 from miles_lite.cluster.placement import Bundle, reserve
+from miles_lite.cluster.watch import watched
 from miles_lite.config import ClusterConfig
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Iterator[list[Bundle]]:
+def open_session(
+    cluster: ClusterConfig,
+    num_devices: int,
+    device: str,
+    lost: Callable[[str], None] = log.error,
+) -> Iterator[list[Bundle]]:
     """Start or join Ray, reserve `num_devices` devices, give all back on leaving.
 
     A local Ray is sized for the run: on a CPU every rank gets a pretended device, however few cores
-    there are.
+    there are. lost: told, when a part of it dies, before this process ends; see `watched`.
     """
     if " " in sys.executable:
         raise ValueError(
@@ -51,11 +57,12 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
     if callable(handler):
         signal.signal(signal.SIGTERM, handler)
     try:
-        bundles = reserve(num_devices, resource, cluster.start_timeout_s)
-        try:
-            with roll.board(ray.util.get_node_ip_address()):
-                yield bundles
-        finally:
-            remove_placement_group(bundles[0].group)
+        with watched(lost):
+            bundles = reserve(num_devices, resource, cluster.start_timeout_s)
+            try:
+                with roll.board(ray.util.get_node_ip_address()):
+                    yield bundles
+            finally:
+                remove_placement_group(bundles[0].group)
     finally:
         ray.shutdown()

@@ -17,6 +17,7 @@ from miles_lite.cluster import CPU_DEVICE
 from miles_lite.cluster.network import interface_env
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError
+from miles_lite.launch.wire import SILENCE_S
 
 GRACE_S = 20.0  # between asking a process to end and killing it
 RAY_START_S = 180.0  # until Ray of one host is up
@@ -79,6 +80,8 @@ def environment(address: str, token: Path) -> dict[str, str]:
     env = interface_env(address) | os.environ
     env.pop("RAY_ADDRESS", None)  # of another cluster
     env.pop("RAY_AUTH_TOKEN", None)
+    # how long Ray looks for a head (GCS) that it lost; a minute by default
+    env.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(SILENCE_S)))
     return env | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 

@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.weights.conversion import METADATA
 from miles_lite.weights.table import Row, mtp_tensors, rows
 
-METADATA = ".metadata"
 _BLOCKS = {5: ("z", "x", "B", "C", "dt"), 3: ("x", "B", "C")}  # of in_proj and conv1d
 _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 

@@ -32,7 +32,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import Optimizer

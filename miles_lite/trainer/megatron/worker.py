@@ -142,11 +142,13 @@ class MegatronWorker:
         Asynchronously, the state of this moment is written by a process forked off, until
         `finish_save`.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
+
         from miles_lite.trainer.megatron import checkpoint
 
         self._memory.take_optimizer()
         writer = checkpoint.Writer(asynchronous)
-        self._writing = lambda: writing(folder, checkpoint.CheckpointException)
+        self._writing = lambda: writing(folder, CheckpointException)
         with self._writing():
             checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
         self._writer = writer
@@ -158,6 +160,8 @@ class MegatronWorker:
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         from miles_lite.trainer.megatron import checkpoint
 
         self._memory.take_optimizer()
