@@ -7,7 +7,7 @@ import pytest
 
 from miles_lite.algo.drift_parts import drift_parts, flip_rate, spread, suspect
 from miles_lite.algo.routing import RouterSizes
-from miles_lite.protocols import Rescored
+from miles_lite.protocols import Rescored, TokenValues
 from miles_lite.types import NO_ROUTING, Completion, Finish, Group, Prompt, Routing, Sample, Verdict
 
 PROMPT = Prompt("set:0", (1, 2), "text", "42", reward="", metadata={})
@@ -24,11 +24,15 @@ def sample(*logprobs: float, version: int = 3, routing: Routing = NO_ROUTING) ->
     return Sample(PROMPT, drawn, "", Verdict(0.0, ""))
 
 
+def said(logprobs: dict[int, list[float]]) -> TokenValues:
+    return {sample: np.array(values) for sample, values in logprobs.items()}
+
+
 def test_the_parts_are_between_their_neighbours() -> None:
     """Means over samples of means over tokens: the short answer counts as much as the long one."""
     samples = {0: sample(-1.0), 7: sample(-1.0, -2.0)}
     prefilled = [completion(-1.3), completion(-1.1, -1.9)]
-    trainer = {0: [-1.3], 7: [-1.1, -2.1]}
+    trainer = said({0: [-1.3], 7: [-1.1, -2.1]})
     metrics = drift_parts(samples, Rescored(prefilled), trainer, version=3)
     assert metrics == pytest.approx(
         {
@@ -43,7 +47,7 @@ def test_the_parts_are_between_their_neighbours() -> None:
 
 
 def test_of_a_long_answer_what_was_scored_is_compared() -> None:
-    samples, trainer = {0: sample(-1.0, -2.0, -9.0)}, {0: [-1.2, -2.0, -3.0]}
+    samples, trainer = {0: sample(-1.0, -2.0, -9.0)}, said({0: [-1.2, -2.0, -3.0]})
     metrics = drift_parts(samples, Rescored([completion(-1.1, -2.0)]), trainer, version=3)
     assert metrics["drift/decode_vs_prefill"] == pytest.approx(0.05)
     assert metrics["drift/decode_vs_trainer"] == pytest.approx(0.1)
@@ -52,15 +56,17 @@ def test_of_a_long_answer_what_was_scored_is_compared() -> None:
 def test_what_was_not_measured_is_not_there() -> None:
     samples = {0: sample(-1.0), 1: sample(-1.0, version=2)}
     assert drift_parts({}, Rescored(), {}, version=3) == {}
-    assert drift_parts(samples, Rescored(), {0: [-1.0]}, version=3) == {"drift/version_gap": 1}
+    gap = {"drift/version_gap": 1}
+    assert drift_parts(samples, Rescored(), said({0: [-1.0]}), version=3) == gap
     again = Rescored([completion(-1.0), completion(-1.5)])
-    assert drift_parts(samples, again, {}, version=3) == {"drift/version_gap": 1}
-    assert drift_parts(samples, again, {1: [-1.5]}, version=3)["drift/decode_vs_prefill"] == 0.5
+    assert drift_parts(samples, again, {}, version=3) == gap
+    metrics = drift_parts(samples, again, said({1: [-1.5]}), version=3)
+    assert metrics["drift/decode_vs_prefill"] == 0.5
 
 
 def test_what_truncation_and_temperature_make_of_it() -> None:
     """The engine told log-probs of what top-p kept: 0.5 too high. All of it is accounted for."""
-    samples, trainer = {0: sample(-0.5, -1.5)}, {0: [-1.0, -2.0]}
+    samples, trainer = {0: sample(-0.5, -1.5)}, said({0: [-1.0, -2.0]})
     rescored = Rescored(
         policy=[completion(-0.5, -1.5)],
         untempered=[completion(-1.5, -1.5)],
