@@ -160,7 +160,6 @@ class MegatronWorker:
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
-        from torch.distributed.checkpoint.api import CheckpointException
 
         from miles_lite.trainer.megatron import checkpoint
 
