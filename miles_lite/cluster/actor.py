@@ -172,5 +172,7 @@ def _late(calls: Sequence[Call], deadline_s: float) -> RemoteError:
 
 
 def _failed(call: Call, error: Exception) -> RemoteError:
-    cause = getattr(error, "cause", None) or error
+    cause = str(getattr(error, "cause", None) or error)
+    if isinstance(error, ray.exceptions.RayActorError):  # pages, with advice
+        cause = " ".join(cause.partition("Some common causes")[0].split())
     return RemoteError(f"{call.remote.name} failed in {call.method!r}: {cause}")

@@ -61,7 +61,7 @@ class Dispatch:
         self._shares = [_Share(engine) for engine in engines]
         self._check, self._revive = check, revive
         self._lost: dict[str, str] = {}  # why, by engine
-        self._replaced: set[str] = set()  # engines that were slow: a second time they may be so
+        self._replaced: set[str] = set()  # engines that came back: they may be slow
         self._closed = False  # engines are being brought back: nobody is to be asked
 
     @property
@@ -140,6 +140,7 @@ class Dispatch:
             took = time.monotonic() - begin
             limit.reschedule(None if end is None else end + took)
             self._closed = False
+            self._replaced |= causes.keys()
             self._lost.clear()
             for share in self._shares:
                 again = share.engine.name in causes and self.unfinished[share.engine.name]
@@ -148,8 +149,9 @@ class Dispatch:
                         self._ask(share, order)
 
     def _look_for_slow(self) -> None:
-        """An engine is replaced when half of the others have been done for as long again as they
-        took, and it owes more than half of its answers; once a call, as it may not be its fault."""
+        """An engine is replaced when half of all have been done for as long again as they took, and
+        it owes more than half of its answers. Not one that stands still: it says so itself, sooner.
+        Not one that came back in this call: it may be slow for reasons that stay."""
         now = time.monotonic()
         asked = [share for share in self._living() if share.orders]
         done = [share for share in asked if not self.unfinished[share.engine.name]]
@@ -162,8 +164,7 @@ class Dispatch:
             owes = self.unfinished[name]
             if num < FEW_ORDERS or 2 * owes <= num or name in self._replaced:
                 continue
-            if waited > max(took, share.engine.stall_s):
-                self._replaced.add(name)
+            if waited > max(took, 2 * share.engine.stall_s):
                 self._lose(
                     share,
                     f"{name} is slow: {owes} of {num} answers are missing {waited:.0f} s after "

@@ -18,7 +18,7 @@ from miles_lite.protocols import EngineError, EnginesLost, Metrics, Phase, Rollo
 
 log = logging.getLogger(__name__)
 
-MAX_LOSSES = 3  # of one engine between two steps; one more ends the run
+MAX_LOSSES = 3  # of one engine within a step; one more ends the run
 
 
 class Revival:
@@ -43,26 +43,22 @@ class Revival:
                     self.send_weights(self._rollout.version)
 
     def send_weights(self, version: int) -> Metrics:
-        """See Trainer; in Phase.sync. A new version means that a step is done."""
+        """See Trainer; in Phase.sync."""
         while True:
-            is_new = version > self._rollout.version
             try:
-                metrics = self._trainer.send_weights(self._rollout, version)
+                return self._trainer.send_weights(self._rollout, version)
             except EnginesLost as lost:
                 self._restart(lost.causes)
                 self.enter(Phase.sync)
-                continue
-            if is_new:
-                self._losses.clear()
-            return metrics
 
     def metrics(self) -> Metrics:
-        """Of the step that is done."""
+        """Of the step that is done. Losses are counted anew from here."""
         told = self._lease.metrics() | {
             "perf/engine_restarts": float(self._num_restarts),
             "perf/engine_recovery_time": self._lost_s,
         }
         self._num_restarts, self._lost_s = 0, 0.0
+        self._losses.clear()
         return told
 
     def _in_generate(self, causes: Mapping[str, str]) -> None:

@@ -97,12 +97,12 @@ class Sender:
         pending: list[tuple[int, Any] | None] = [None, None]  # target and call that reads each slot
 
         def settle(which: int) -> None:
-            if (reader := pending[which]) is not None:
-                pending[which] = None
+            if (reader := pending[which]) is not None and reader[0] not in lost:
                 try:
                     reader[1].result(timeout_s)
                 except RemoteError as error:
-                    lost.setdefault(reader[0], str(error))
+                    lost[reader[0]] = str(error)
+            pending[which] = None
 
         for turn, (way, number) in enumerate(self._jobs()):
             which = turn % 2

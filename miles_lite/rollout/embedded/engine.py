@@ -40,6 +40,7 @@ class EmbeddedEngine:
         self.model, self.dims = layout
         self.version = -1
         self.stall_s = options.stall_s
+        self._max_wait_s = min(POLL_WAIT_S, self.stall_s / 4)  # of a poll
         self._start: tuple[Sequence[str], float] = ((), 0.0)  # hosts and deadline of `connect`
         self._loop: asyncio.AbstractEventLoop | None = None
         self._futures: dict[int, asyncio.Future[Completion]] = {}
@@ -160,11 +161,11 @@ class EmbeddedEngine:
 
     async def _poll(self, futures: dict[int, asyncio.Future[Completion]]) -> None:
         """Resolve futures as completions arrive, until none is left."""
-        loop, max_wait_s = asyncio.get_running_loop(), min(POLL_WAIT_S, self.stall_s / 4)
+        loop = asyncio.get_running_loop()
         num_steps, moved_at = -1, loop.time()
         while futures:
             try:
-                done = await self._call("poll", max_wait_s)
+                done = await self._call("poll", self._max_wait_s)
                 steps = num_steps if done else await self._call("num_steps")
                 quiet_s = loop.time() - moved_at
                 if done or steps != num_steps:
@@ -184,7 +185,8 @@ class EmbeddedEngine:
                     future.set_result(completion)
 
     async def _call(self, method: str, *args: Any) -> Any:
-        return await self.ranks[0].call_async(method, *args, deadline_s=self.stall_s + POLL_WAIT_S)
+        deadline_s = self.stall_s + self._max_wait_s
+        return await self.ranks[0].call_async(method, *args, deadline_s=deadline_s)
 
     async def _fail(
         self, futures: Mapping[int, asyncio.Future[Completion]], error: Exception
