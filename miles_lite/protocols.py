@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -93,14 +93,29 @@ class EngineError(RuntimeError):
     """An engine cannot answer. The message names engine and rank."""
 
 
+class EnginesLost(EngineError):
+    """These engines failed, or are not to be believed any more. causes: by engine, naming it."""
+
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__("; ".join(causes.values()))
+        self.causes = causes
+
+
 class Engine(Resident, Protocol):
     """One rollout engine: one or more processes that serve one copy of the policy."""
 
     name: str
     version: int  # of the weights it serves; -1 before the first commit
+    stall_s: float  # without a step or an answer for so long, it is taken for lost
+
+    def restart(self) -> None:
+        """New processes in place of the old ones, whatever those do, by the same name. They hold
+        nothing and have no weights. Raises EngineError or what starting raises."""
+        ...
 
     async def generate(self, request: Request) -> Completion:
-        """Draw one completion. A uid is used once in an engine's life. Raises EngineError."""
+        """Draw one completion. A uid is used once in a life of the processes. Raises
+        EngineError."""
         ...
 
     def can_score(self, sampling: Sampling) -> bool:
@@ -177,6 +192,9 @@ class Rollout(Resident, Protocol):
 
     version: int
     engines: Sequence[Engine]
+    # Called when engines are lost while the others owe nothing, with the causes by name: returns
+    # when all serve `version` again. None: losing an engine ends the call.
+    revive: Callable[[Mapping[str, str]], None] | None
 
     def rescore(self, samples: Sequence[Sample]) -> Rescored:
         """The answers of `samples`, each read in one prefill instead of token by token."""
@@ -244,7 +262,8 @@ class Trainer(Resident, Protocol):
         ...
 
     def send_weights(self, rollout: Rollout, version: int) -> Metrics:
-        """Bring every engine rank to `version`; returns only when both sides' checksums agree."""
+        """Bring every engine rank to `version`; returns only when both sides' checksums agree.
+        Raises EnginesLost, after which it can be called again."""
         ...
 
     def export_hf(self, folder: Path) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
@@ -20,7 +21,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from miles_lite.cluster import roll
 from miles_lite.cluster.placement import Bundle
 from miles_lite.log import few
-from miles_lite.protocols import RemoteError
+from miles_lite.protocols import Engine, EngineError, EnginesLost, RemoteError
+
+T = TypeVar("T")
 
 SETTLE_S = 5.0  # after a failure, for what caused it to be known
 # what is left of a rank in the eyes of its neighbours: gloo's and NCCL's words
@@ -150,6 +153,23 @@ def _cause(failures: Sequence[tuple[Call, Exception]], called: Sequence[str]) ->
 def call_all(remotes: Sequence[Remote], method: str, *args: Any, deadline_s: float) -> list[Any]:
     """The same call on every rank; results in rank order."""
     return gather([remote.start(method, *args) for remote in remotes], deadline_s)
+
+
+def ask_each(engines: Sequence[Engine], ask: Callable[[Engine], T]) -> list[T]:
+    """What each engine answers; they are asked at once. Raises EnginesLost of all that fail."""
+    if not engines:
+        return []
+    causes: dict[str, str] = {}
+    answers: list[T] = []
+    with ThreadPoolExecutor(len(engines)) as pool:
+        for engine, call in [(engine, pool.submit(ask, engine)) for engine in engines]:
+            try:
+                answers.append(call.result())
+            except (EngineError, RemoteError) as error:
+                causes[engine.name] = str(error)
+    if causes:
+        raise EnginesLost(causes)
+    return answers
 
 
 def spawn(

@@ -57,6 +57,10 @@ class EngineRank:
             self._store = open_store(host, int(port), self.rank == 0, self.options.timeout_s)
         self.server.start(Comms(self.dims, self.rank, self._store, self.options), self._store)
 
+    def num_steps(self) -> int:
+        """That the model has made: requests under way are getting on. Never waits."""
+        return self.server.num_steps
+
     # --- serving, rank 0 only ---
 
     def submit(self, requests: Sequence[Request]) -> None:

@@ -92,6 +92,7 @@ class Server:
         self.cache: Cache | None = None  # there during Phase.generate
         self.version = -1
         self.scheduler = Scheduler(options.max_running, options.prefill_tokens)
+        self.num_steps = 0  # in which the model ran, on any rank
         self.failure = ""
         self.listener: Listener | None = None  # then there is nothing to take
         self._inbox: queue.SimpleQueue[list[Request] | frozenset[int] | int] = queue.SimpleQueue()
@@ -193,6 +194,7 @@ class Server:
                 self._give_up(self.scheduler.abort())
             elif any(counts):
                 self._finish(self._forward(plan, counts))
+                self.num_steps += 1
             if cancelled:  # after the step, whose plan has them in it
                 given_up, moves = self.scheduler.cancel(cancelled)
                 if self.cache is not None:

@@ -33,6 +33,7 @@ class EngineSpec:
     max_running: int  # requests at once in one DP group
     prefill_tokens: int  # prompt tokens of one prefill batch of one DP group
     seed: int
+    stall_s: float = 60.0  # of its scheduler while requests are under way, or of any answer
     num_nodes: int = 1  # hosts of one engine
     threads: int = 1  # of CPU maths in one process
     return_routed_experts: bool = False
@@ -53,6 +54,7 @@ class EngineSpec:
             max_running=engine.max_running,
             prefill_tokens=engine.prefill_tokens,
             seed=cfg.seed,
+            stall_s=engine.stall_s,
             threads=cfg.cluster.threads_per_rank,
             return_routed_experts=cfg.algo.routing_replay,
             # engines start in other folders; a bare name is looked up in the PATH
