@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from miles_lite import supervise
 from miles_lite.run import read_metrics
 from miles_lite.stop import ENDED_ITSELF
 from miles_lite.summary import read_restarts
@@ -76,6 +78,29 @@ def test_a_process_may_be_killed_twice_at_the_same_step() -> None:
     for end in (KILLED, Ending(1, 3, "trainer rank 0 died in 'step': its process 7 was killed")):
         assert decide([end] * SAME_ERRORS, 99).again
         assert not decide([end] * SAME_DEATHS, 99).again
+
+
+def test_each_restart_is_noted_with_its_own_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is killed says nothing, and what the one before said is not its cause."""
+    monkeypatch.setattr(supervise, "FIRST_WAIT_S", 0.01)
+    run, codes = tmp_path / "run", [137, 1, 137, 0]
+
+    async def attempt() -> int:
+        code = codes.pop(0)
+        if code == 1:
+            (run / "metrics.jsonl").write_text('{"step": 4, "perf/step_time": 1.0}\n')
+            (run / "summary.json").write_text('{"error": "RuntimeError: pages\\n of it"}')
+        return code
+
+    assert asyncio.run(supervise.supervise(run, attempt, 10, lambda: False)) == 0
+    killed = "the driver was killed by SIGKILL"
+    noted = [(line["step"], line["code"], line["cause"]) for line in read_restarts(run)]
+    assert noted == [(0, 137, killed), (5, 1, "RuntimeError: pages of it"), (5, 137, killed)]
+    codes.append(137)
+    assert asyncio.run(supervise.supervise(run, attempt, 10, lambda: True)) == 137
+    assert len(read_restarts(run)) == 3
 
 
 # ------------------------------------------------------------------ whole runs
