@@ -26,7 +26,7 @@ from miles_lite.chaos.compare import compare
 from miles_lite.chaos.processes import KINDS, Member, members, phase
 from miles_lite.compose import compose
 from miles_lite.orphan import die_with
-from miles_lite.run import RunError, read_metrics
+from miles_lite.run import RunError
 from miles_lite.summary import read_restarts
 
 HANGS = "-hang"  # a kind with this is stopped (SIGSTOP) and not killed
@@ -138,6 +138,8 @@ def run(words: Sequence[str]) -> int:
 
     overrides = _with_defaults(options.overrides, options.times)
     cfg = compose(overrides)
+    if not cfg.log.samples:
+        raise ValueError("log.samples=false: chaos compares the samples of both runs")
     name = cfg.log.name or f"chaos-{cfg.experiment}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = cfg.log.folder / name
     if folder.exists():
@@ -150,11 +152,12 @@ def run(words: Sequence[str]) -> int:
     print(f"an undisturbed run of {cfg.train.num_steps} steps, in {peace}", flush=True)
     with _train(folder, "undisturbed", settings) as process:
         _require(process.wait() == 0, peace)
-    trained = [m["perf/step_time"] for m in read_metrics(peace).values() if "perf/step_time" in m]
+    stamps = sorted(file.stat().st_mtime for file in peace.glob("samples/step_*"))
+    period_s = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)  # of a step, its saving included
     print(f"a disturbed one, in {storm}", flush=True)
     forever = ["--supervise", "--restarts", str(10 * options.times)]
     with _train(folder, "disturbed", [*forever, *settings]) as process:
-        made = _disturb(Disturbed(storm, process), kills, options, statistics.median(trained))
+        made = _disturb(Disturbed(storm, process), kills, options, period_s)
         _require(process.wait() == 0, storm)
 
     found = compare(storm, peace)
@@ -198,7 +201,7 @@ def _require(fine: bool, run: Path) -> None:
 
 
 def _disturb(
-    run: Disturbed, kinds: Sequence[str], options: argparse.Namespace, step_s: float
+    run: Disturbed, kinds: Sequence[str], options: argparse.Namespace, period_s: float
 ) -> list[Kill]:
     draw = random.Random(options.seed)
     made: list[Kill] = []
@@ -206,7 +209,7 @@ def _disturb(
     _line("", "killed", "phase", "step", "recovered", "steps lost", "by")
     while len(made) < options.times and not run.ended:
         if run.trained():  # the first kill may as well fall into the start
-            time.sleep(draw.uniform(0, 2 * step_s))
+            time.sleep(draw.uniform(0, 2 * period_s))
         deck = deck or draw.sample(kinds, len(kinds))  # each of them equally often
         if kill := run.kill(deck.pop(), draw):
             made.append(kill)
