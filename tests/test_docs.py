@@ -50,6 +50,9 @@ QUICK = [c for c in WHOLE if c.split()[0] in ("plan", "check") and "--verify" no
 
 # What other tests run: those of the command, with settings that take less time.
 ELSEWHERE = {
+    "chaos experiment=tiny --kill engine,trainer,driver,reward --times 50 --seed 0": (
+        "test_supervise.py"
+    ),
     "doctor": "doctor/test_command.py",
     "doctor experiment=tiny": "doctor/test_command.py",
     "plan experiment=nemotron3_ultra --verify": "planner/test_plan.py",
@@ -57,6 +60,7 @@ ELSEWHERE = {
     "reward-audit experiment=tiny data=gsm8k": "data/test_data_configs.py",  # without the hub
     "serve --model configs/model/tiny": "serve/test_server.py",
     "train experiment=tiny algo=dapo optim.lr=2e-4 parallel.tp=2 parallel.dp=1": "test_train.py",
+    "train --supervise experiment=tiny log.name=first": "test_supervise.py",
     "train experiment=tiny log.name=first": "test_docs.py",
     "train experiment=tiny log.name=first train.num_steps=20": "test_docs.py",
     "train experiment=tiny rollout.engine.backend=sglang rollout.engine.python="
