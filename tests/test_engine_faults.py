@@ -164,6 +164,7 @@ def in_a_sync(rank: Any, act: Act) -> None:
 
 
 AT_ONCE = 3.0  # on a machine with other work
+ROLL_S = 12.0  # besides a deadline, for the roll call that finds who lags
 STALLED = 1.25 * STALL_S + 4
 PAIRS = {
     "killed and stopped": [
@@ -199,8 +200,8 @@ def test_in_the_middle_of_answers(
 def test_while_idle_and_in_the_middle_of_a_sync(
     trial: Trial, caplog: pytest.LogCaptureFixture
 ) -> None:
-    idle = Fault(0, 1, hang, "no answer to 'enter' .* from: engine 0 rank 1", STALL_S + 3)
-    syncing = Fault(1, 0, stop, "'load_bucket' .* from: engine 1 rank 0", SYNC_S + 3)
+    idle = Fault(0, 1, hang, "no answer to 'enter' .* from: engine 0 rank 1", STALL_S + ROLL_S)
+    syncing = Fault(1, 0, stop, "'load_bucket' .* from: engine 1 rank 0", SYNC_S + ROLL_S)
     trial.devices.metrics()
     trial.devices.enter(Phase.train)
     begin = time.time()

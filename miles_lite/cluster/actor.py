@@ -55,7 +55,8 @@ class Remote:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(call.ref.future()), deadline_s)
         except TimeoutError:
-            raise await asyncio.to_thread(_late, [call], deadline_s) from None
+            # of one rank: nobody needs to be looked for
+            raise RemoteError(f"{_unanswered(method, deadline_s)} from: {self.name}") from None
         except ray.exceptions.RayError as error:
             raise _failed(call, error) from error
 
@@ -201,14 +202,15 @@ def spawn(
     return Remote(name, actor.remote(*args))
 
 
-def _late(
-    calls: Sequence[Call], deadline_s: float, called: Sequence[str] | None = None
-) -> RemoteError:
+def _late(calls: Sequence[Call], deadline_s: float, called: Sequence[str]) -> RemoteError:
     """called: with those that have answered. Takes some seconds, for the roll call."""
-    late = [call.remote.name for call in calls]
-    what = f"no answer to {calls[0].method!r} within {deadline_s:g} s"
-    found = roll.call(late if called is None else called, what)
-    return RemoteError(f"{what} from: {found.told or few(late)}")
+    what = _unanswered(calls[0].method, deadline_s)
+    late = few([call.remote.name for call in calls])
+    return RemoteError(f"{what} from: {roll.call(called, what).told or late}")
+
+
+def _unanswered(method: str, deadline_s: float) -> str:
+    return f"no answer to {method!r} within {deadline_s:g} s"
 
 
 def _failed(call: Call, error: Exception) -> RemoteError:
