@@ -68,8 +68,7 @@ class Inputs:
 
 
 def check(cfg: Config) -> Inputs:
-    """Read model config, tokenizer and data, and refuse all that cannot run. Starts nothing that
-    lasts. Raises ValueError (ConfigError where a key is to blame)."""
+    """Read model, tokenizer and data, and refuse all that cannot run. Starts nothing that lasts."""
     from miles_lite.weights.conversion import check_tensors
     from miles_lite.weights.hf_files import HfFiles
 
@@ -265,8 +264,7 @@ class Spot:
     log_folder: Path
 
     def spawn(self, cls: type, given: Sequence[tuple[object, ...]]) -> list[Remote]:
-        """The actors of all ranks, with what each is given; polls and buckets are answered while
-        others wait."""
+        """All ranks, with what each is given; polls and buckets are answered while others wait."""
         how: Any = {"share": ENGINE_SHARE, "threads": 4, "env": self.env}
         return [
             spawn(cls, f"{self.name} rank {rank} on {bundle.host}", *mine, bundle=bundle, **how)
@@ -311,7 +309,6 @@ def _start_embedded(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
         timeout_s=cfg.rollout.timeout_s,
         stall_s=engine.stall_s,
     )
-
     ranks = [(model, engine.dims, rank, options) for rank in range(engine.tp)]
     spawn = partial(spot.spawn, EngineRank, ranks)
     return EmbeddedEngine(spot.name, spawn, ranks[0][:2], options, cfg.rollout.timeout_s)

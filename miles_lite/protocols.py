@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Sampling, Verdict
 
+if TYPE_CHECKING:  # this module stays light
+    import numpy as np
+
 Metrics = dict[str, float]
 # sample -> fp32 [token of its answer]: arrays, since a step has millions of these
-TokenValues = Mapping[int, np.ndarray]
+TokenValues = Mapping[int, "np.ndarray"]
 
 
 class Phase(Enum):

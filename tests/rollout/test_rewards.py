@@ -211,9 +211,9 @@ def test_a_worker_that_talks_nonsense_is_replaced(workers: RewardWorkers) -> Non
 
 def test_a_worker_that_never_ends_its_line_is_replaced(workers: RewardWorkers) -> None:
     begin = time.monotonic()
-    reasons = [grade(workers, f"flood {descriptor}").reason for descriptor in range(3, 6)]
+    reasons = [grade(workers, f"flood {descriptor}").reason for descriptor in range(3, 9)]
     assert "crash" in reasons and set(reasons) <= {"crash", "timeout", "error: OSError"}
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 20
 
 
 def test_what_a_worker_left_behind_ends_with_it(workers: RewardWorkers, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def live(world: World, stretches: list[Stretch]) -> list[Outcome]:
         for batch in stretch.batches:
             report = worker.step([update.micro_batches[dp_rank] for update in batch.updates])
             reports.append({k: v for k, v in report.partials.items() if "time" not in k})
-            logprobs.append(report.logprobs)
+            logprobs.append({k: v.tolist() for k, v in report.logprobs.items()})
         if stretch.save:
             stretch.save.mkdir(exist_ok=True)
             worker.save(stretch.save, stretch.asynchronous)
