@@ -86,7 +86,7 @@ def run(words: Sequence[str]) -> int:
         commands[words[0]](words[1:])
     except (ValueError, *FAILURES) as error:
         log.say(f"miles-lite {words[0]}: {error}", sys.stderr)
-        if isinstance(error, NoSignalError | AlarmError | CheckpointError):
+        if words[0] == "train" and isinstance(error, NoSignalError | AlarmError | CheckpointError):
             return ENDED_ITSELF
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:
