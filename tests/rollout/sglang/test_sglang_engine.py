@@ -295,10 +295,8 @@ def test_a_rank_killed_in_a_sync_is_named_and_the_engine_comes_up_again(pair: Pa
     engine.begin_sync(13)
     victim = _schedulers()[-1]
     victim.kill()
-    with pytest.raises(
-        RuntimeError, match=r"engine 0 rank \d failed in 'load_bucket': .*went away"
-    ):
-        trainer._sender.send(60)
+    lost = trainer._sender.send(60).lost.values()
+    assert any("failed in 'load_bucket'" in why and "went away" in why for why in lost), lost
     engine.connect(["127.0.0.1"] * engine._spec.dims.tp, 400)
     serving(engine, trainer, 14)
     assert ask(engine, [replace(REQUESTS[0], uid=800)])[0].version == 14
