@@ -52,22 +52,21 @@ def drift_parts(
     ]
     if flips:
         metrics["drift/decode_prefill_flips"] = fmean(flips)
-    seen = [place for place, index in enumerate(samples) if len(trainer.get(index, ()))]
-    if not (rescored.policy and seen):
+    trained = {place: trainer[i] for place, i in enumerate(samples) if len(trainer.get(i, ()))}
+    if not (rescored.policy and trained):
         return metrics
 
     def scores(completions: Sequence[Completion]) -> list[np.ndarray]:
-        return [np.array(completions[place].logprobs) for place in seen]
+        return [np.array(completions[place].logprobs) for place in trained]
 
     prefill = scores(rescored.policy)
     decode = [row[: len(p)] for row, p in zip(scores(drawn), prefill, strict=True)]
-    ours = [trainer[index] for index in samples if len(trainer.get(index, ()))]
-    ours = [row[: len(p)] for row, p in zip(ours, prefill, strict=True)]
+    ours = [row[: len(p)] for row, p in zip(trained.values(), prefill, strict=True)]
     metrics |= {
         "drift/decode_vs_prefill": _apart(decode, prefill),
         "drift/prefill_vs_trainer": _apart(prefill, ours),
         "drift/decode_vs_trainer": _apart(decode, ours),
-        "drift/samples": float(len(seen)),
+        "drift/samples": float(len(trained)),
     }
     # rounding has no sign, log-probs of another distribution have
     shifts = [float((d - p).mean()) for d, p in zip(decode, prefill, strict=True)]
