@@ -135,7 +135,8 @@ def run(words: Sequence[str]) -> int:
     kills = options.kill.split(",")
     if wrong := [kind for kind in kills if kind.removesuffix(HANGS) not in KINDS]:
         raise ValueError(f"--kill {','.join(wrong)}: there are {', '.join(KINDS)}, and {HANGS}")
-
+    if options.times < 1:
+        raise ValueError(f"--times {options.times}: wanted at least 1")
     overrides = _with_defaults(options.overrides, options.times)
     cfg = compose(overrides)
     if not cfg.log.samples:

@@ -19,6 +19,7 @@ from miles_lite.rollout.sglang.options import ON_CPU
 from miles_lite.weights.convert_command import model_folder
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+CHECK_S = 300.0  # for SGLang to say what it makes of its options
 DEFAULT_CONTEXT = 4096  # on a CPU, where every slot of the cache is taken at once
 
 
@@ -153,6 +154,7 @@ def sglang_options(model: NemotronH, options: argparse.Namespace, device: str) -
 
 def _hand_over(folder: Path, options: argparse.Namespace, api_key: str, device: str) -> None:
     """Start SGLang's server and stay until it ends. Run on a CPU, not on a GPU."""
+    from miles_lite.rollout.sglang.check import check_all
     from miles_lite.rollout.sglang.launch import Launch, environment
     from miles_lite.rollout.sglang.model_folder import engine_folder
     from miles_lite.rollout.sglang.options import EngineSpec
@@ -177,6 +179,9 @@ def _hand_over(folder: Path, options: argparse.Namespace, api_key: str, device: 
         print(" ".join(launch.argv), "<<<", json.dumps(chosen), flush=True)
         if options.print_command:
             return
+        (answer,) = check_all(spec, [chosen], CHECK_S, "--python")
+        if "refused" in answer:
+            raise ValueError(f"SGLang refuses: {answer['refused']}")
         process = launch.start()
         try:
             status = process.wait()
