@@ -24,14 +24,19 @@ def answer_fault(request: Request, answer: Completion, version: int, vocab_size:
         return f"has token ids {min(tokens)} .. {max(tokens)}; vocab_size is {vocab_size}"
     if len(answer.logprobs) != len(tokens):
         return f"has {len(tokens)} tokens and {len(answer.logprobs)} log-probs"
-    for place, logprob in enumerate(answer.logprobs):
-        if not (math.isfinite(logprob) and logprob <= ROUNDING):
-            return f"has {logprob} for the log-prob of token {place}"
+    # no loop of Python over tokens: the driver looks at millions of them in a step
+    if not (all(map(math.isfinite, answer.logprobs)) and max(answer.logprobs) <= ROUNDING):
+        place, wrong = next(
+            (place, logprob)
+            for place, logprob in enumerate(answer.logprobs)
+            if not (math.isfinite(logprob) and logprob <= ROUNDING)
+        )
+        return f"has {wrong} for the log-prob of token {place}"
     if request.scored:
         return ""
-    stops = [place for place, t in enumerate(tokens) if t in sampling.stop_token_ids]
-    if any(place < len(tokens) - 1 for place in stops):
-        return f"goes on after stop token {tokens[stops[0]]} at place {stops[0]}"
+    stops = [tokens.index(stop) for stop in sampling.stop_token_ids if stop in tokens]
+    if stops and (first := min(stops)) < len(tokens) - 1:
+        return f"goes on after stop token {tokens[first]} at place {first}"
     if answer.finish is Finish.stop and not stops:
         return f"ended without a stop token, with {tokens[-1]}"
     if answer.finish is Finish.length and len(tokens) < sampling.max_new_tokens:
