@@ -54,17 +54,18 @@ def save(
     writer: Writer,
 ) -> None:
     """Write this rank's part. Collective over all ranks; `folder` is there and empty. Weights and
-    optimizer are there only when `writer` has finished."""
+    optimizer are there only when `writer` has finished, the reference when this returns: all that
+    Megatron writes meanwhile reports to one queue, where two folders would take each other's."""
     rank = dist.get_rank()
     for name in ("policy", "random", *(["reference"] if reference else [])):
         if rank == 0:
             (folder / name).mkdir()
     dist.barrier()
-    state = {**_policy(ddp, optimizer, loading=False), "updates": optimizer.num_updates}
-    writer.write(state, folder / "policy")
     if reference:
         with _weights_of(ddp, reference):
-            writer.write({"model": _weights(ddp)}, folder / "reference")
+            Writer(asynchronous=False).write({"model": _weights(ddp)}, folder / "reference")
+    state = {**_policy(ddp, optimizer, loading=False), "updates": optimizer.num_updates}
+    writer.write(state, folder / "policy")
     torch.save(_random_state(), folder / "random" / f"rank_{rank:05d}.pt")
 
 
