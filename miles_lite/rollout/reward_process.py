@@ -246,7 +246,7 @@ class Worker:
         try:
             with open(f"/proc/{self.pid}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ProcessLookupError) as error:  # gone before or after the opening
             raise Lost("crash") from error
         if fields[0] in "ZX":
             raise Lost("crash")

@@ -188,11 +188,17 @@ class RewardWorkers:
 
     def _run_lane(self) -> None:
         worker: Worker | None = None
-        while batch := self._take():
-            worker = self._grade_batch(worker, batch)
-        self._bury(worker)
-        with self._wake:
-            self._lanes.discard(threading.current_thread())
+        batch: list[_Item] = []
+        try:
+            while batch := self._take():
+                worker = self._grade_batch(worker, batch)
+            self._bury(worker)
+        except Exception as error:  # a bug of ours: whoever waits hears of it, and does not wait on
+            _settle([(item, error) for item in batch])
+            raise
+        finally:
+            with self._wake:
+                self._lanes.discard(threading.current_thread())
 
     def _take(self) -> list[_Item]:
         """Wait for a fair share of what is pending; empty means that this lane is over."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from miles_lite.config import RewardFunction
+from miles_lite.rollout import reward_process
 from miles_lite.rollout.reward_worker import load_reward
 from miles_lite.rollout.rewards import NUM_QUICK, RewardLimits, RewardWorkers
 from miles_lite.types import Prompt, Verdict
@@ -464,6 +465,36 @@ def test_close_kills_the_workers_and_ends_the_waiting(obey: Path) -> None:
     workers.close()
     with pytest.raises(RuntimeError, match="closed"):
         grade(workers, "value 1")
+
+
+def test_a_worker_that_ends_while_it_is_looked_at_is_lost(
+    obey: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file in /proc opens, and then has nothing to say."""
+    with pool(obey, "obey") as workers:
+        grade(workers, "value 1")
+        _, pid = workers.pids
+
+        def open_then_kill(path: str) -> Any:
+            file = open(path)  # noqa: SIM115 - whoever asked for it closes it
+            if path == f"/proc/{pid}/stat":
+                os.kill(pid, signal.SIGKILL)
+                workers._zygote.kill(pid)  # which waits for it
+                wait_for_death([pid], 5)
+            return file
+
+        monkeypatch.setattr(reward_process, "open", open_then_kill, raising=False)
+        assert grade(workers, "sleep 0.3") == Verdict(1.0, "")  # of its second try
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_of_ours_reaches_who_waits(obey: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(RewardWorkers, "_wait_out", fail)
+    with pool(obey, "obey", 2) as workers, pytest.raises(ZeroDivisionError, match="planted"):
+        grade(workers, "sleep 1")
 
 
 @pytest.mark.parametrize("busy", ["", "spin", "sleep 60"])
