@@ -105,7 +105,7 @@ def test_a_deadline_names_who_is_late(ranks: list[Remote]) -> None:
     listener.start()
     with pytest.raises(RemoteError, match=r"'sleep' within 1 s from: test rank 1$"):
         call_all(ranks, "sleep", 30.0, deadline_s=1)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
     listener.join()
     assert said == ["waiting for test rank 1"] and waited_for() == ""
 
@@ -115,7 +115,7 @@ def test_the_first_failure_ends_the_wait_and_is_named(ranks: list[Remote]) -> No
     begin = time.monotonic()
     with pytest.raises(RemoteError, match=r"test rank 1 failed in 'fail': .*not prime enough"):
         call_all(ranks, "fail", deadline_s=60)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
 
 
 def test_a_killed_rank_is_named(ranks: list[Remote]) -> None:

@@ -139,7 +139,7 @@ def test_only_the_stuck_answer_times_out(workers: RewardWorkers, word: str) -> N
     elapsed = time.monotonic() - start
     expected = [Verdict(float(i), "") for i in range(50)] + [Verdict(0.0, "timeout")]
     assert verdicts == expected + [Verdict(7.0, "")] * 50
-    assert 1.5 <= elapsed < 1.5 + 1 + 2  # the limit; a second to kill; a new worker and the rest
+    assert 1.5 <= elapsed < 10  # the limit, and a new worker for the rest
 
 
 def test_other_lanes_proceed_while_one_is_stuck(workers: RewardWorkers) -> None:
@@ -217,13 +217,14 @@ def test_a_worker_that_never_ends_its_line_is_replaced(workers: RewardWorkers) -
     assert time.monotonic() - begin < 20
 
 
-def test_what_a_worker_left_behind_ends_with_it(workers: RewardWorkers, tmp_path: Path) -> None:
+def test_what_a_worker_left_behind_ends_with_it(obey: Path, tmp_path: Path) -> None:
     """Although it left session and group, and holds the pipes of the worker."""
     left = tmp_path / "left"
-    begin = time.monotonic()
-    assert grade(workers, f"daemon {left}") == Verdict(0.0, "crash")
-    assert time.monotonic() - begin < 1.4  # it is known to be dead, before the time limit
-    assert wait_for_death([int(left.read_text())], 5) == []
+    with pool(obey, "obey", 2, RewardLimits(timeout_s=60)) as workers:
+        begin = time.monotonic()
+        assert grade(workers, f"daemon {left}") == Verdict(0.0, "crash")
+        assert time.monotonic() - begin < 30  # it is known to be dead, before the time limit
+        assert wait_for_death([int(left.read_text())], 5) == []
 
 
 def test_big_batches_fit_through_the_pipe(workers: RewardWorkers) -> None:
@@ -327,7 +328,7 @@ def test_nobody_waits_behind_stuck_answers(workers: RewardWorkers, word: str) ->
     assert [verdict.reward for verdict in verdicts[32:]] == list(range(40))
     # 16 rounds of 1.5 s, one after the other, would be 24 s; five doublings and one limit are 2.5 s
     # on an idle machine.
-    assert max(finished.values()) < 12
+    assert max(finished.values()) < 18
 
 
 @pytest.mark.slow  # 60 answers that need 0.4 s of a core each
@@ -459,7 +460,7 @@ def test_close_kills_the_workers_and_ends_the_waiting(obey: Path) -> None:
     pids = workers.pids
     start = time.monotonic()
     outcomes = asyncio.run(close_early(workers))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 9
     assert wait_for_death(pids, 1) == []
     workers.close()
