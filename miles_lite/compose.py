@@ -102,9 +102,13 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isnan(value):  # it would pass every comparison with a bound
+        try:
+            number = float(value)
+        except OverflowError:  # of an integer with hundreds of digits
+            raise ConfigError(f"{path} is more than any number that a float holds") from None
+        if math.isnan(number):  # it would pass every comparison with a bound
             raise ConfigError(f"{path} = {value} is no number")
-        return float(value)
+        return number
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{path} = {value!r} is {type(value).__name__}, wanted {hint.__name__}")

@@ -51,6 +51,7 @@ from miles_lite.records import read_metrics as read_metrics  # part of what a ru
 from miles_lite.records import read_samples as read_samples
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
+from miles_lite.untrusted import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -253,8 +254,8 @@ def _check(cfg: Config) -> None:
 def _run_id_of_checkpoints(folder: Path) -> str:
     """The W&B id that a checkpoint brought along; "" if none does. All are of one run."""
     for state in sorted(folder.glob("step_*/state.json"), reverse=True):
-        with suppress(OSError, ValueError, AttributeError):  # damaged ones are told of on loading
-            if run_id := json.loads(state.read_bytes()).get(RUN_ID):
+        with suppress(OSError, ValueError):  # damaged ones are told of on loading
+            if run_id := parse_object(state.read_bytes(), str(state)).get(RUN_ID):
                 return str(run_id)
     return ""
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miles_lite.data.trial import refuse_endless
+
 
 class ChatTokenizer:
     """The tokenizer of an HF folder. It adds and drops nothing: the template writes every token."""
@@ -21,7 +23,8 @@ class ChatTokenizer:
     def load(cls, folder: Path) -> ChatTokenizer:
         """Read tokenizer and chat template from `folder`; ValueError names what is missing.
 
-        Code shipped inside the folder is never run, and nothing is looked up on a network.
+        Code shipped inside the folder is never run, but for the template, which jinja keeps to
+        itself and `refuse_endless` within bounds; and nothing is looked up on a network.
         """
         if not folder.is_dir():
             raise ValueError(f"no tokenizer: {folder} is not a folder")
@@ -38,6 +41,7 @@ class ChatTokenizer:
                 f"the tokenizer in {folder} has no chat template; "
                 "add a chat_template.jinja to the folder"
             )
+        refuse_endless(backend.get_chat_template(), folder)
         return cls(backend, folder)
 
     def knows(self, word: str) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles_lite.compose import build
+from miles_lite.config import ConfigError
 from miles_lite.console import seconds
 from miles_lite.launch.facts import Facts, differences
 from miles_lite.launch.preflight import LaunchError
@@ -54,7 +56,7 @@ class Roster:
             while member is not None:
                 kind, values = await wire.receive()
                 if kind == "leaving":
-                    raise Lost(str(values.get("why")))
+                    raise Lost(values["why"])
                 member.joined |= kind == "joined"
                 self._changed.set()
         except Lost as lost:
@@ -69,9 +71,10 @@ class Roster:
         if kind != "hello":
             return None
         try:
-            facts = Facts(**values)
-        except TypeError:
-            await self._refuse(wire, wire.peer, ["it runs other code than the head"])
+            facts = build(Facts, values, "")
+        except ConfigError as error:
+            told = f"it runs other code than the head ({str(error)[:200]})"
+            await self._refuse(wire, wire.peer, [told])
             return None
         if problems := self._problems(facts, wire.peer, received):
             await self._refuse(wire, facts.name, problems)
@@ -79,7 +82,7 @@ class Roster:
         await wire.send("welcome", **self._welcome)
         kind, values = await wire.receive()
         if kind != "ready":
-            _say(f"{facts.name} cannot join: {values.get('why')}")
+            _say(f"{facts.name} cannot join: {values.get('why', kind)}")
             return None
         if facts.address in self._members or self._started or not self._missing():
             await self._refuse(wire, facts.name, ["all hosts are there already"])

@@ -23,7 +23,7 @@ from miles_lite.launch.preflight import (
     require,
     worker_problems,
 )
-from miles_lite.launch.wire import SILENCE_S, Lost, Wire
+from miles_lite.launch.wire import LINE_BYTES, SILENCE_S, Lost, Wire
 from miles_lite.log import say
 
 RETRY_S = 1.0
@@ -63,7 +63,7 @@ async def _reach(settings: Settings, own_address: str) -> Wire:
     deadline, told = time.monotonic() + settings.wait_s, False
     while True:
         try:
-            opening = asyncio.open_connection(head, port, local_addr=local, limit=1 << 20)
+            opening = asyncio.open_connection(head, port, local_addr=local, limit=LINE_BYTES)
             return Wire(*await asyncio.wait_for(opening, 10.0))
         except (OSError, TimeoutError) as error:
             why, number = str(error) or "no answer", getattr(error, "errno", 0)
@@ -148,7 +148,7 @@ class _Visit:
                 self._wire.own,
                 self._token,
                 gcs=go["gcs"],
-                resources=resources(*go["resources"]),
+                resources=resources(go["device"], go["num_devices"]),
             )
         except LaunchError as error:
             raise await self._failure(str(error)) from None

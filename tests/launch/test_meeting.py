@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
 import sys
@@ -25,10 +26,11 @@ from miles_lite.launch.preflight import (
     worker_problems,
 )
 from miles_lite.launch.roster import Roster, Wanted
-from miles_lite.launch.wire import Lost, Wire
+from miles_lite.launch.wire import LINE_BYTES, Lost, Wire
 
 HEAD = dataclasses.replace(Facts.here("127.0.0.9"), host="head")
 PORTS = Ports.of(21_000)
+WELCOME = {"token": "/nowhere", "digest": "0", "paths": [], "folder": "/"}
 
 
 def hello(**changes: Any) -> dict[str, Any]:
@@ -41,7 +43,7 @@ async def meet(
     wanted: Wanted, *messages: tuple[str, Mapping[str, Any]]
 ) -> tuple[list[tuple[str, dict[str, Any]]], Roster]:
     """Say so many things to a head; what it answers, until it closes or is silent for a second."""
-    roster = Roster(HEAD, wanted, {"token": "/nowhere"})
+    roster = Roster(HEAD, wanted, WELCOME)
     server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
     wire = Wire(*await asyncio.open_connection(*server.sockets[0].getsockname()))
     heard = []
@@ -74,6 +76,13 @@ ANY = Wanted(2, (), 0, ())
         ({"code": {**HEAD.code, "miles_lite/train.py": "0"}}, ANY, "miles_lite/train.py; bring"),
         ({"address": "10.0.0.7"}, ANY, "calls itself 10.0.0.7 but reaches the head as 127.0.0.1"),
         ({"mood": "good"}, ANY, "it runs other code than the head"),
+        ({"packages": ["ray"]}, ANY, "it runs other code than the head (packages = ['ray'] is not"),
+        ({"gpus": 8}, ANY, "other code than the head (gpus = 8 is not"),
+        ({"gpus": [[8]]}, ANY, "other code than the head (gpus = [8] is list"),
+        ({"clock": "now"}, ANY, "other code than the head (clock = 'now' is str"),
+        ({"clock": float("nan")}, ANY, "other code than the head (clock = nan is no number"),
+        ({"clock": 10**400}, ANY, "other code than the head (clock is more than any"),
+        ({"host": None}, ANY, "other code than the head (host = None"),
         ({"gpus": ["H200"] * 4}, Wanted(2, (), 8, ()), "it has 4 GPUs, where the layout wants 8"),
         ({}, Wanted(2, ("127.0.0.9", "127.0.0.8"), 0, ()), "none of the hosts of this run"),
     ],
@@ -86,26 +95,73 @@ def test_a_host_is_refused(changes: dict[str, Any], wanted: Wanted, why: str) ->
 
 def test_a_host_that_agrees_is_welcome_and_one_that_is_too_many_is_not() -> None:
     heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", {})))
-    assert heard == [("welcome", {"token": "/nowhere"})]
+    assert heard == [("welcome", WELCOME)]
     heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", {})))
     assert heard[-1] == ("refused", {"why": "all hosts are there already"})
 
 
-def test_noise_on_the_port_is_no_host() -> None:
-    async def knock() -> list[str]:
-        roster = Roster(HEAD, ANY, {})
-        server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
-        for noise in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b"{}\n", b"x" * 100_000):
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-            writer.write(noise)
-            writer.write_eof()
+NOISE = {
+    b"GET / HTTP/1.0\r\n\r\n": "not JSON",
+    b"[1]\n": "[1] is not a JSON object",
+    b"\xff\xfe\n": "not JSON",
+    b"{}\n": "a message of kind ''",
+    b'{"kind": ["end"]}\n': "a message of kind ['end']",
+    b'{"kind": "\\u001b[2J"}\n': "a message of kind '\\x1b[2J'",
+    b'{"kind": "end", "why": "so"}\n': "end with code = None",
+    b'{"kind": "end", "why": "so", "code": "0"}\n': "end with code = '0'",
+    b'{"kind": "leaving", "why": {}}\n': "leaving with why = {}",
+    b'{"kind": "go", "gcs": "a", "device": ["cpu"], "num_devices": 1}\n': "go with device = [",
+    b'{"kind": "welcome", "token": "", "digest": "", "paths": [3], "folder": ""}\n': "paths = [3]",
+    b"[" * 100_000 + b"\n": "not JSON",
+    b'{"kind": "end", "why": ' + b"[" * 500 + b"]" * 500 + b"}\n": "more than 100 lists",
+    b'{"kind": "end", "code": ' + b"9" * 5000 + b"}\n": "not JSON",
+    b"x" * (LINE_BYTES + 1) + b"\n": "limit",
+    b"": "closed the connection",
+}
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=lambda noise: repr(noise[:40]))
+def test_noise_is_no_message(noise: bytes) -> None:
+    """To the head it is no host, and to a worker no order."""
+
+    async def knock() -> tuple[list[str], str]:
+        roster = Roster(HEAD, ANY, WELCOME)
+        server = await asyncio.start_server(roster.serve, "127.0.0.1", 0, limit=LINE_BYTES)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(noise)
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):  # closed before it was all read
             while await asyncio.wait_for(reader.read(1 << 16), 5):
                 pass
-            writer.close()
+        writer.close()
         server.close()
-        return roster.names()
+        said = asyncio.StreamReader(LINE_BYTES)
+        said.feed_data(noise)
+        said.feed_eof()
+        order = Wire(said, writer)
+        with pytest.raises(Lost) as lost:
+            await order.receive(5)
+        await order.close()
+        return roster.names(), str(lost.value)
 
-    assert asyncio.run(knock()) == [HEAD.name]
+    names, why = asyncio.run(knock())
+    assert names == [HEAD.name]
+    assert NOISE[noise] in why and len(why) < 300
+
+
+def test_a_connection_that_is_gone_at_once_has_no_peer() -> None:
+    """Where it was reset before its turn came the socket has no names."""
+
+    async def peer() -> tuple[str, str]:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        wire = Wire(*await asyncio.open_connection(sock=ours))
+        with pytest.raises(Lost, match="closed the connection"):
+            await wire.receive(5)
+        await wire.close()
+        return wire.peer, wire.own
+
+    assert asyncio.run(peer()) == ("", "")
 
 
 def test_a_changed_byte_of_the_code_shows(tmp_path: Path) -> None:
