@@ -160,8 +160,11 @@ def test_each_has_a_verdict_or_a_reason_and_none_wins(graded: Graded, kind: str)
     for label, wrong in GRADERS[graded.name].items():
         verdict = graded.verdicts[kind, label]
         if not verdict.valid:
-            # the guards of ours refuse by name; math-verify has none but the worker's limits
-            allowed = "error: .*|timeout|crash" if graded.name == "math_verify" else "error: Too.*"
+            # the guards of ours refuse by name, or what passes them is slow on a busy machine;
+            # math-verify has none but the worker's limits
+            allowed = "timeout|error: Too.*"
+            if graded.name == "math_verify":
+                allowed = "timeout|crash|error: .*"
             assert re.fullmatch(allowed, verdict.reason), verdict
         elif kind not in MAY_WIN:
             assert verdict.reward == wrong
