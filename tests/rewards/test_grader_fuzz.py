@@ -16,10 +16,13 @@ from rewards.latex import last_boxed, tidy
 from rewards.math import math
 
 WORDS = st.sampled_from(
-    r"""{ } ( ) [ ] \boxed{ \frac \frac{1}{2} \sqrt \sqrt{ \text{ \left \right ^ ^{ _ ** * / + - = , .
-    ! \circ \% $ \$ \; \! x y pi sqrt( 1 2 9 34 1e5 1,000 0.5 <= \in \cup or and cm degrees Answer:
-    answer </think> <think> ###Response #### <|im_end|> \\ \pm infty i e ln( \begin{matrix} &""".split()
-)  # fmt: skip
+    r"""
+    { } ( ) [ ] \boxed{ \frac \frac{1}{2} \sqrt \sqrt{ \text{ \left \right ^ ^{ _ ** * / + - = , .
+    ! \circ \% $ \$ \; \! x y pi sqrt( 1 2 9 34 1e5 1,000 0.5 <= \in \cup or and cm degrees
+    Answer: answer </think> <think> ###Response #### <|im_end|> \\ \pm infty i e ln( &
+    \begin{matrix}
+    """.split()
+)
 TEXT = st.lists(WORDS | st.text(max_size=3), max_size=12).map("".join)
 ANSWER = st.one_of(
     TEXT,
