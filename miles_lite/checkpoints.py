@@ -126,9 +126,7 @@ def read_checkpoint(folder: Path, digests: Digests) -> Checkpoint:
         raise ValueError("it holds weights only and cannot resume the optimizer")
     files = _manifest(folder)
     for file, (size, _) in files.items():
-        place = folder / file
-        found = place.stat().st_size if place.is_file() else -1
-        if found != size:
+        if (found := _size(folder / file)) != size:
             told = "is missing" if found < 0 else f"has {found:,} bytes instead of {size:,}"
             raise ValueError(f"{file} {told}")
     found = digests(folder, list(files))
@@ -142,6 +140,14 @@ def read_checkpoint(folder: Path, digests: Digests) -> Checkpoint:
         if not isinstance(value, kind) or (kind is int and value < 0):
             raise ValueError(f"state.json has {key} = {short(value)}")
     return Checkpoint(folder, _step(folder), state)
+
+
+def _size(file: Path) -> int:
+    """-1 where there is no file, or can be none of such a name."""
+    try:
+        return file.stat().st_size if file.is_file() else -1
+    except (OSError, ValueError):
+        return -1
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -17,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from miles_lite.checkpoints import CheckpointError, Checkpoints
+from miles_lite.checkpoints import STATE, CheckpointError, Checkpoints
 from miles_lite.intact import file_digest
 from miles_lite.resume import Probe, read_probe
 from miles_lite.weights.conversion import read_manifest
@@ -312,3 +315,76 @@ def test_a_probe_that_nobody_saved_is_refused(
         read_probe(path)
     assert reason in str(caught.value)
     assert f"remove {tmp_path} to go on from an older checkpoint" in str(caught.value)
+
+
+def test_a_name_that_no_file_can_have_is_skipped(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(checkpoints, 1)
+    path = write(checkpoints, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("x" * 5000, "\ud800"):
+        path.write_text(json.dumps(manifest | {"files": {name: {"bytes": 1, "hash": ""}}}))
+        assert steps(checkpoints) == [1]
+        assert name[:20] in caplog.text and " is missing" in caplog.text
+
+
+# ------------------------------------------------------------------ anything
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoints, dict[Path, bytes]]:
+    """And what is in the small files of the second."""
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("two"), keep=3, keep_every=0)
+    write(checkpoints, 1)
+    folder = write(checkpoints, 2)
+    files = [folder / name for name in ("state.json", "manifest.json")]
+    return checkpoints, {file: file.read_bytes() for file in files}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    file=st.sampled_from(["state.json", "manifest.json"]),
+    key=st.sampled_from([*STATE, "step", "hash", "files", "state.json"]),
+    value=VALUES,
+    cut=st.none() | st.integers(1, 300),
+)
+def test_any_value_of_a_checkpoint_is_told_or_skipped(
+    two: tuple[Checkpoints, dict[Path, bytes]], file: str, key: str, value: Any, cut: int | None
+) -> None:
+    checkpoints, sound = two
+    for path, data in sound.items():
+        path.write_bytes(data)
+    folder = next(iter(sound)).parent
+    changed = json.loads((folder / file).read_text())
+    (changed.get("files", changed) if key == "state.json" else changed)[key] = value
+    text = json.dumps(changed)[:cut].encode()
+    if file == "state.json":
+        forge(folder, file, text)
+    else:
+        (folder / file).write_bytes(text)
+    assert steps(checkpoints) in ([1], [2, 1])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(at=st.floats(0, 1, exclude_max=True), new=st.binary(max_size=4), cut=st.booleans())
+def test_any_byte_of_a_probe_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, at: float, new: bytes, cut: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "probe.npz"
+    save_probe(path)
+    sound = path.read_bytes()
+    start = int(at * len(sound))
+    path.write_bytes(sound[:start] + new + (b"" if cut else sound[start + len(new) :]))
+    with contextlib.suppress(CheckpointError):
+        assert not read_probe(path).fault

@@ -34,6 +34,7 @@ class ChatTokenizer:
             backend = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
+            backend.encode("1+1")  # what of it breaks only now
         except Exception as error:  # damaged files of it raise all kinds
             raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
         if not backend.chat_template:
@@ -41,7 +42,12 @@ class ChatTokenizer:
                 f"the tokenizer in {folder} has no chat template; "
                 "add a chat_template.jinja to the folder"
             )
-        refuse_endless(backend.get_chat_template(), folder)
+        if not isinstance(backend.chat_template, str):
+            raise ValueError(
+                f"the chat template in {folder} is a {type(backend.chat_template).__name__}: "
+                "name one by putting it into a chat_template.jinja"
+            )
+        refuse_endless(backend.chat_template, folder)
         return cls(backend, folder)
 
     def knows(self, word: str) -> bool:
