@@ -24,6 +24,7 @@ class Wire:
         self._beat = asyncio.create_task(self._keep_beating())
         self.peer: str = writer.get_extra_info("peername")[0]
         self.own: str = writer.get_extra_info("sockname")[0]
+        self.heard = False  # something that such a wire says, a beat at least
 
     async def send(self, kind: str, **values: Any) -> None:
         with contextlib.suppress(ConnectionError):  # who receives next is told
@@ -45,6 +46,7 @@ class Wire:
                 raise Lost(f"cannot be understood ({error})") from None
             if not kind:
                 raise Lost("closed the connection")
+            self.heard = True
             if kind != "beat":
                 return kind, message
 
