@@ -41,6 +41,7 @@ class Wire:
         # none of a connection that is gone again
         self.peer: str = (writer.get_extra_info("peername") or ("",))[0]
         self.own: str = (writer.get_extra_info("sockname") or ("",))[0]
+        self.heard = False  # something that such a wire says, a beat at least
 
     async def send(self, kind: str, **values: Any) -> None:
         with contextlib.suppress(ConnectionError):  # who receives next is told
@@ -61,6 +62,7 @@ class Wire:
             if not line:
                 raise Lost("closed the connection")
             kind, message = _read(line)
+            self.heard = True
             if kind != "beat":
                 return kind, message
 

@@ -28,6 +28,10 @@ from miles_lite.log import say
 
 RETRY_S = 1.0
 VISIBLE_S = 15.0  # network file systems show a new file that late
+NO_HEAD = (
+    ". What answers on port {} never spoke like a head: is it another program, and the head one of "
+    "another PORT_BASE?"
+)
 NO_WAY = (errno.ENETUNREACH, errno.EADDRNOTAVAIL)  # waiting changes nothing
 
 
@@ -51,6 +55,7 @@ async def run(settings: Settings, own_address: str) -> int:
         raise LaunchError(
             f"the head {settings.address} {lost}: this worker has left; start it again once the "
             f"head runs (a head that dies is noticed within {SILENCE_S:g} s)"
+            f"{'' if wire.heard else NO_HEAD.format(settings.ports.meeting)}"
         ) from None
     finally:
         await wire.close()

@@ -17,8 +17,9 @@ import pytest
 from miles_lite import cli
 from miles_lite.cluster.network import addresses, ephemeral_range, interface_env
 from miles_lite.environment import PROJECT, code_digests
-from miles_lite.launch import preflight
+from miles_lite.launch import preflight, worker
 from miles_lite.launch.facts import Facts
+from miles_lite.launch.head import Settings
 from miles_lite.launch.ports import Ports, taken
 from miles_lite.launch.preflight import (
     LaunchError,
@@ -223,3 +224,36 @@ def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_head_that_cannot_lead(words: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["launch", "head", "127.0.0.1", "experiment=tiny", *words.split()]) == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (None, "Connect call failed.*or one of another PORT_BASE"),  # the head came back elsewhere
+        (b"HTTP/1.1 400 Bad Request\r\n", "cannot be understood.*is it another program, and the"),
+        (b"", "closed the connection.*is it another program, and the head one of another PORT_BA"),
+    ],
+)
+def test_a_worker_where_no_head_is(
+    answer: bytes | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "require", lambda problems: None)  # head and worker on one host
+
+    async def other(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(answer or b"")
+        writer.close()
+
+    async def visit() -> None:
+        server = await asyncio.start_server(other, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        if answer is None:
+            server.close()
+        settings = Settings("127.0.0.1", dataclasses.replace(PORTS, meeting=port), wait_s=0.1)
+        try:
+            await worker.run(settings, "")
+        finally:
+            server.close()
+
+    with pytest.raises(LaunchError, match=why):
+        asyncio.run(visit())
