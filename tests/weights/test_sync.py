@@ -194,6 +194,12 @@ def test_checksum_tells_value_order_sign_and_length() -> None:
     }
     assert len(seen) == 7
     assert checksum(x) == checksum(x.clone().view(10, 100))
+    assert checksum(x[1:]) == checksum(x[1:].clone())  # a row may begin within a word
+
+
+def test_checksum_tells_the_order_of_what_it_takes_at_a_time() -> None:
+    x = torch.arange(3 << 19, dtype=torch.int32)
+    assert checksum(x) != checksum(x.roll(1 << 19))
 
 
 def test_checksum_is_the_same_in_another_process() -> None:
