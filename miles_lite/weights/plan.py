@@ -1,7 +1,9 @@
 """Who sends which slice to whom: derived once from what every rank hosts.
 
 An engine rank receives exactly the rows it hosts, from one trainer rank each, preferably the one on
-its own device. The plan is the same on every process that derives it.
+its own device. The plan is the same on every process that derives it. On a thousand ranks it has
+millions of copies, so these are tuples, which are made and pickled many times faster than frozen
+dataclasses.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from miles_lite.protocols import Form, Hosted
 from miles_lite.weights.table import HfTensor, iter_segments
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Rows of one rank's tensor: `count` along `dim` from `offset` (after taking `index`)."""
 
     param: str
@@ -25,8 +27,7 @@ class Place:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Rows [start, stop) of an HF tensor, from one trainer rank's place to one engine rank's."""
 
     tensor: str
@@ -53,11 +54,10 @@ class Route:
 
     @property
     def num_bytes(self) -> int:
-        return sum(copy.num_bytes for copy in self.copies)
+        return sum(copy.num_bytes for bucket in self.buckets for copy in bucket)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(NamedTuple):
     """Rows [start, stop) of an HF tensor as one trainer rank holds them."""
 
     start: int
@@ -87,7 +87,12 @@ def sync_plan(
                 place = Place(hosted.param, hosted.index, hosted.dim, offset)
                 held[name].append(_Held(start, start + count, rank, place))
     load = [0] * len(sources)
-    holders = functools.cache(lambda name, row: [h for h in held[name] if h.start <= row < h.stop])
+
+    @functools.cache
+    def holders(name: str, row: int) -> tuple[list[_Held], dict[int, _Held]]:
+        found = [h for h in held[name] if h.start <= row < h.stop]
+        return found, {h.rank: h for h in found}
+
     copies: dict[tuple[int, int], list[Copy]] = defaultdict(list)
     for target, hosted_list in enumerate(targets):
         for hosted in hosted_list:
@@ -101,7 +106,7 @@ def sync_plan(
                 max_rows = max(1, bucket_bytes // row_bytes)
                 row, stop = start, start + count
                 while row < stop:
-                    source = _choose(holders(name, row), home[target], load)
+                    source = _choose(*holders(name, row), home[target], load)
                     if source is None:
                         raise ValueError(
                             f"no trainer rank hosts row {row} of {name!r}, "
@@ -127,15 +132,17 @@ def sync_plan(
     ]
 
 
-def _choose(holders: Sequence[_Held], home: int, load: Sequence[int]) -> _Held | None:
-    """The one on the same device, else the one that has least to send."""
+def _choose(
+    holders: Sequence[_Held], by_rank: Mapping[int, _Held], home: int, load: Sequence[int]
+) -> _Held | None:
+    """The one on the same device, else the one that has least to send; of equals the first."""
     if not holders:
         return None
-    return min(holders, key=lambda h: (h.rank != home, load[h.rank], h.rank))
+    return by_rank.get(home) or min(holders, key=lambda h: load[h.rank])
 
 
 def _shifted(place: Place, rows: int) -> Place:
-    return Place(place.param, place.index, place.dim, place.offset + rows)
+    return place._replace(offset=place.offset + rows) if rows else place
 
 
 def _buckets(copies: Sequence[Copy], bucket_bytes: int) -> tuple[tuple[Copy, ...], ...]:

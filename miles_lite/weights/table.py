@@ -165,6 +165,23 @@ def trainer_layout(model: NemotronH, dims: ParallelDims, rank: int) -> list[Host
     return hosted
 
 
+def trainer_layouts(model: NemotronH, dims: ParallelDims) -> list[list[Hosted]]:
+    """Of every rank; ranks that hold the same share one list."""
+    known: dict[tuple[int, ...], list[Hosted]] = {}
+    found = []
+    for rank in range(dims.world_size):
+        key = (
+            dims.pp_rank(rank),
+            dims.tp_rank(rank),
+            dims.ep_rank(rank),
+            dims.expert_tp_rank(rank),
+        )
+        if key not in known:
+            known[key] = trainer_layout(model, dims, rank)
+        found.append(known[key])
+    return found
+
+
 def iter_segments(hosted: Hosted) -> Iterator[tuple[str, int, int, int]]:
     """(tensor, HF start, offset in the hosted tensor, rows) of each segment."""
     offset = 0

@@ -106,7 +106,7 @@ class Cluster:
                 sent = source_checksums(
                     self.sources[source].__getitem__, route.copies, torch.float32
                 )
-                compare(f"engine rank {rank}", route.copies, sent, received)
+                compare(f"engine rank {rank}", route, sent, received)
 
 
 TRAINERS = [
