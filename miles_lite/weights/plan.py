@@ -12,7 +12,8 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 from miles_lite.protocols import Form, Hosted
 from miles_lite.weights.table import HfTensor, iter_segments
@@ -48,6 +49,12 @@ class Route:
     target: int  # engine rank, counted over all engines
     buckets: tuple[tuple[Copy, ...], ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By columns: a fifth of the time that as many tuples take."""
+        *columns, sources, targets = zip(*self.copies, strict=True)
+        places = [list(zip(*places, strict=True)) for places in (sources, targets)]
+        return _route, (self.source, self.target, list(map(len, self.buckets)), columns, places)
+
     @property
     def copies(self) -> list[Copy]:
         return [copy for bucket in self.buckets for copy in bucket]
@@ -55,6 +62,14 @@ class Route:
     @property
     def num_bytes(self) -> int:
         return sum(copy.num_bytes for bucket in self.buckets for copy in bucket)
+
+
+def _route(
+    source: int, target: int, lengths: list[int], columns: list[Any], places: list[list[Any]]
+) -> Route:
+    ends = [map(Place._make, zip(*each, strict=True)) for each in places]
+    copies = map(Copy._make, zip(*columns, *ends, strict=True))
+    return Route(source, target, tuple(tuple(islice(copies, length)) for length in lengths))
 
 
 class _Held(NamedTuple):

@@ -13,6 +13,7 @@ Sources: `nemotron_h` checkpoints, megatron-core `sharded_state_dict` of its Mam
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,7 @@ class HfTensor:
 
     @property
     def numel(self) -> int:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel
+        return math.prod(self.shape)
 
 
 Parts = tuple[tuple[Segment, ...], ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -227,3 +228,8 @@ def test_another_process_sees_the_slots_and_nothing_stays() -> None:
     assert out.stdout.strip() == str(list(range(64))), out.stderr
     slots.close()
     assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_route_is_the_same_in_another_process() -> None:
+    routes = Cluster(TRAINERS[3], ENGINES[2]).routes
+    assert pickle.loads(pickle.dumps(routes)) == routes

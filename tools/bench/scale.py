@@ -1,6 +1,6 @@
 """What a step costs the driver, at up to 1,024 ranks.
 
-    python tools/bench/scale.py [--ranks 32 128 1024] [--tokens 8192] [--json FILE]
+    python tools/bench/scale.py [--ranks 32 128 1024] [--tokens 1024] [--json FILE]
 
 Simulated: the driver is the real one, with its TrainerGroup, RolloutManager, embedded engines'
 clients, reward workers, packing, sync plan, sample files and checkpoint probe, through a real Ray.
@@ -397,7 +397,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=[32, 128, 1024])
-    parser.add_argument("--tokens", type=int, default=8192, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=1024, help="of an answer")
     parser.add_argument("--rounds", type=int, default=3, help="the last counts bytes")
     parser.add_argument("--model", type=Path, default=PROJECT / "configs/model/nemotron3_ultra")
     parser.add_argument("--json", type=Path)
@@ -412,6 +412,7 @@ def main() -> None:
             )
         finally:
             shutil.rmtree(folder)
+        print(f"{num_ranks} ranks done", flush=True)
     ray.shutdown()
     if found["simulated"]:
         table(found["simulated"])
