@@ -200,6 +200,9 @@ class FakeHandle:
     rank: int
     reports: bool  # of a trainer rank: whether it tells of its samples
 
+    def __reduce__(self) -> Any:
+        return tuple, ((self.actor, self.rank),)  # whoever gets one calls nobody
+
     def __getattr__(self, method: str) -> Any:
         if method.startswith("__"):
             raise AttributeError(method)
