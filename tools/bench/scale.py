@@ -168,28 +168,38 @@ class FakeRanks:
 
 
 class Traffic:
-    """Bytes that Ray serializes in this process, while switched on: counting takes time."""
+    """Bytes that Ray serializes in this process, while they are counted, which takes time."""
 
     def __init__(self) -> None:
         self.on = False
         self.bytes: Counter[str] = Counter()
-        self._put, self._get = ray.put, ray.get
-        ray.put, ray.get = self._counted_put, self._counted_get
 
-    def count(self, kind: str, value: Any) -> None:
+    def add(self, kind: str, value: Any) -> None:
         if self.on:
             context = global_worker.get_serialization_context()
             self.bytes[kind] += context.serialize(value).total_bytes
 
-    def _counted_put(self, value: Any) -> Any:
-        self.count("put", value)
-        return self._put(value)
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        put, get = ray.put, ray.get
 
-    def _counted_get(self, refs: Any, **how: Any) -> Any:
-        found = self._get(refs, **how)
-        if not isinstance(refs, list):
-            self.count("results", found)
-        return found
+        def counted_put(value: Any) -> Any:
+            self.add("put", value)
+            return put(value)
+
+        def counted_get(refs: Any, **how: Any) -> Any:
+            found = get(refs, **how)
+            if not isinstance(refs, list):
+                self.add("results", found)
+            return found
+
+        self.on, self.bytes = True, Counter()
+        ray.put, ray.get = counted_put, counted_get
+        try:
+            yield
+        finally:
+            self.on = False
+            ray.put, ray.get = put, get
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +219,7 @@ class FakeHandle:
         return SimpleNamespace(remote=partial(self._remote, method))
 
     def _remote(self, method: str, *given: Any) -> Any:
-        TRAFFIC.count("arguments", given)
+        TRAFFIC.add("arguments", given)
         if method in ("step", "score"):  # a reference stays one
             given = ([given[0]], self.reports)
         return self.actor.ask.remote(self.rank, method, given)
@@ -298,19 +308,19 @@ def simulate(
             trainer.send_weights(rollout, 0)
         with Run.open(cfg, datetime.now()) as run:
             for number in range(rounds):
-                TRAFFIC.on = number == rounds - 1  # its times are not taken
-                one_step(number, stages if not TRAFFIC.on else Stages(), cfg, parts, run)
+                one_step(number, stages, cfg, parts, run)
+            with TRAFFIC.counted():
+                one_step(rounds, Stages(), cfg, parts, run)
     for actor in actors:
         ray.kill(actor)
-    count, TRAFFIC.bytes, TRAFFIC.on = dict(TRAFFIC.bytes), Counter(), False
     return {
         "ranks": num_ranks,
         "answers": num_ranks,
         "tokens": num_ranks * tokens,
         "cpu_s": {name: statistics.median(each) for name, each in stages.cpu.items()},
         "wall_s": {name: statistics.median(each) for name, each in stages.wall.items()},
-        "bytes": count,
-        "bytes_per_token": sum(count.values()) / (num_ranks * tokens),
+        "bytes": dict(TRAFFIC.bytes),
+        "bytes_per_token": TRAFFIC.bytes.total() / (num_ranks * tokens),
     }
 
 
@@ -333,7 +343,6 @@ def one_step(number: int, stages: Stages, cfg: Config, parts: Any, run: Run) -> 
         result = trainer.step(batch)
     with stages("sync"):
         trainer.send_weights(rollout, number + 1)
-    TRAFFIC.on = False
     with stages("sample file"):
         run.save_samples(number, drawn.groups, result, sequences)
     with stages("save"):
@@ -401,7 +410,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=[32, 128, 1024])
     parser.add_argument("--tokens", type=int, default=1024, help="of an answer")
-    parser.add_argument("--rounds", type=int, default=3, help="the last counts bytes")
+    parser.add_argument("--rounds", type=int, default=3, help="and one that counts bytes")
     parser.add_argument("--model", type=Path, default=PROJECT / "configs/model/nemotron3_ultra")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
