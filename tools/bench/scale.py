@@ -101,7 +101,7 @@ class FakeRanks:
         a pipeline and tensor group get it and one of them reports."""
         if not reports:
             return RankReport({"perf/log_probs_time": Mean(1.0, 1.0)}, {}, {})
-        updates = ray.get(share[0])
+        updates = _fetched(share)
         values = {
             s.sample: np.full(s.response_len, -0.5, np.float32)
             for update in updates
@@ -114,10 +114,9 @@ class FakeRanks:
     def score(self, rank: int, share: Any, reports: bool) -> dict[int, np.ndarray]:
         if not reports:
             return {}
-        micro_batches = ray.get(share[0]) if isinstance(share[0], ray.ObjectRef) else share[0]
         return {
             s.sample: np.full(s.response_len, -0.5, np.float32)
-            for micro_batch in micro_batches
+            for micro_batch in _fetched(share)
             for s in micro_batch.sequences
         }
 
@@ -162,6 +161,10 @@ class FakeRanks:
         tokens = self._rng.integers(128 - WORDS, 128, length).tolist()
         logprobs = (-self._rng.random(length)).astype(np.float32).tolist()
         return Completion(tuple(tokens), tuple(logprobs), self._version, Finish.length)
+
+
+def _fetched(share: Sequence[Any]) -> Any:
+    return ray.get(share[0]) if isinstance(share[0], ray.ObjectRef) else share[0]
 
 
 # ------------------------------------------------------------------ what the driver holds of them
