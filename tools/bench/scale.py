@@ -406,7 +406,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
         cells = [f"{row['cpu_s'][name]:.2f} ({row['wall_s'][name]:.2f})" for row in rows]
         print(f"{name:24}" + "".join(f"{cell:>22}" for cell in cells))
     print(f"{'MB in a step':24}" + "".join(f"{sum(r['bytes'].values()) / 1e6:22.1f}" for r in rows))
-    print(f"{'bytes a token':24}" + "".join(f"{r['bytes_per_token']:22.1f}" for r in rows))
+    cells = [f"{row['bytes_per_token']:22.1f}" for row in rows]
+    print(f"{'bytes a token':24}" + "".join(cells), flush=True)
 
 
 def main() -> None:
@@ -427,12 +428,10 @@ def main() -> None:
             )
         finally:
             shutil.rmtree(folder)
-        print(f"{num_ranks} ranks done", flush=True)
-    ray.shutdown()
-    if found["simulated"]:
         table(found["simulated"])
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+    ray.shutdown()
 
 
 if __name__ == "__main__":
