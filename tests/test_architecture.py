@@ -215,6 +215,7 @@ def test_files_and_functions_fit_a_reader(package: Modules) -> None:
             "torch ray megatron numpy rich",
         ),
         ("run console", "torch ray megatron transformers wandb"),
+        ("cli", "torch ray megatron transformers numpy rich"),
     ],
 )
 def test_light_modules_stay_light(modules: str, absent: str) -> None:
