@@ -6,13 +6,18 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
+import ray._raylet as raylet
+from ray._private import ray_constants
 from ray.util.placement_group import remove_placement_group
 
 from miles_lite.cluster import CPU_DEVICE
 from miles_lite.cluster.placement import Bundle, reserve
+from miles_lite.cluster.token import TOKEN, token_env, write_token
 from miles_lite.config import ClusterConfig
 
 log = logging.getLogger(__name__)
@@ -32,20 +37,51 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
         )
     resource = "GPU" if device == "cuda" else CPU_DEVICE
     local = cluster.address == "local"
-    ray.init(
-        address=cluster.address,
-        resources={CPU_DEVICE: num_devices} if local and device == "cpu" else None,
-        num_cpus=max(os.cpu_count() or 1, 1) if local else None,
-        include_dashboard=False if local else None,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-        configure_logging=False,
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        if local:
+            stack.enter_context(_kept_to_ourselves())
+        ray.init(
+            address=cluster.address,
+            resources={CPU_DEVICE: num_devices} if local and device == "cpu" else None,
+            num_cpus=max(os.cpu_count() or 1, 1) if local else None,
+            include_dashboard=False if local else None,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            configure_logging=False,
+        )
+        stack.callback(ray.shutdown)
         bundles = reserve(num_devices, resource, cluster.start_timeout_s)
+        stack.callback(remove_placement_group, bundles[0].group)
+        yield bundles
+
+
+@contextlib.contextmanager
+def _kept_to_ourselves() -> Iterator[None]:
+    """A Ray started meanwhile listens on loopback, and only to who knows a token of its own.
+
+    Ray would listen on every interface, with one token for all runs in a file that anybody on the
+    machine may read. It takes loopback for this host's address where it knows that there can be no
+    other host, as on a Mac; asked for 127.0.0.1 outright it takes another.
+    """
+    before = {name: os.environ.get(name) for name in TOKEN}
+    multi_host = ray_constants.ENABLE_RAY_CLUSTER
+    with tempfile.TemporaryDirectory(prefix="miles-lite-") as folder:  # of mode 0700
+        token = Path(folder) / "token"
+        write_token(token)
         try:
-            yield bundles
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            _set_env(dict.fromkeys(TOKEN) | token_env(token))
+            yield
         finally:
-            remove_placement_group(bundles[0].group)
-    finally:
-        ray.shutdown()
+            ray_constants.ENABLE_RAY_CLUSTER = multi_host
+            _set_env(before)
+
+
+def _set_env(values: Mapping[str, str | None]) -> None:
+    """Of this process, whose Ray remembers what it read there first."""
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -7,13 +7,13 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from miles_lite.claim import claim
+from miles_lite.cluster.token import write_token
 from miles_lite.compose import compose
 from miles_lite.config import Config, ConfigError
 from miles_lite.launch.child import (
@@ -162,10 +162,7 @@ class Head:
 
     def _welcome(self) -> dict[str, object]:
         """What a worker must be able to see: also a file that was not there a second ago."""
-        self._token.unlink(missing_ok=True)
-        secret = secrets.token_hex(32)
-        with open(os.open(self._token, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
-            file.write(secret)
+        secret = write_token(self._token)
         return {
             "token": str(self._token),
             "digest": hashlib.sha256(secret.encode()).hexdigest(),
