@@ -9,9 +9,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
-import ray._raylet as raylet
 from ray._private import ray_constants
 from ray.util.placement_group import remove_placement_group
 
@@ -83,5 +83,6 @@ def _set_env(values: Mapping[str, str | None]) -> None:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    inner: Any = sys.modules["ray._raylet"]  # compiled: nothing is known of its contents
+    inner.Config.initialize("")
+    inner.AuthenticationTokenLoader.instance().reset_cache()

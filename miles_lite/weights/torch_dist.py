@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.unpickle import unpickle
 from miles_lite.weights.table import Row, mtp_tensors, rows
 
 METADATA = ".metadata"
@@ -192,6 +193,22 @@ class _Chunk:
     place: _StorageInfo
 
 
+def _is_own(kind: Any) -> bool:
+    return isinstance(kind, type) and kind.__module__ == metadata.__name__
+
+
+_DCP = "torch.distributed.checkpoint"
+# All that a `.metadata` consists of, as torch 2.6 to 2.13 write it.
+_NAMES = frozenset(
+    {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    | {f"{kind.__module__}.{kind.__name__}" for kind in vars(metadata).values() if _is_own(kind)}
+    | {f"{_DCP}.planner.{name}" for name in "SavePlan WriteItem WriteItemType".split()}
+    | {f"{_DCP}.planner.{name}" for name in "TensorWriteData BytesIOWriteData".split()}
+    | {f"{_DCP}.filesystem._StorageInfo", f"{_DCP}.filesystem._StoragePrefix"}
+    | {"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict"}
+)
+
+
 class DistCheckpoint:
     """Keys of a torch_dist folder, whoever wrote it at whatever layout."""
 
@@ -199,14 +216,13 @@ class DistCheckpoint:
         self.folder = folder
         path = folder / METADATA
         try:
-            metadata: Metadata = pickle.loads(path.read_bytes())
-            self.shapes, self._chunks = _index(metadata)
+            self.shapes, self._chunks = _index(unpickle(path.read_bytes(), _NAMES))
         except FileNotFoundError:
             raise ValueError(
                 f"{folder} is no torch_dist checkpoint: it has no {METADATA}"
             ) from None
         except Exception as error:  # whatever a broken pickle raises
-            raise ValueError(f"{path} cannot be read ({error!r})") from None
+            raise ValueError(f"{path} cannot be read: {error!r}") from None
         self._last: tuple[Any, torch.Tensor] | None = None  # a fused chunk is read part by part
 
     def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -264,11 +280,11 @@ def _loaded(file: IO[bytes], place: _StorageInfo, what: str) -> Any:
         raise ValueError(f"{what} at offset {place.offset:,} is corrupt ({error})") from None
 
 
-def _index(metadata: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
+def _index(found: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
     """Shapes and chunks of all keys that are tensors."""
     entries = {
         key: entry
-        for key, entry in metadata.state_dict_metadata.items()
+        for key, entry in found.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     sizes = {
@@ -276,7 +292,7 @@ def _index(metadata: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, li
         for key, entry in entries.items()
         for chunk in entry.chunks
     }
-    storage: Mapping[MetadataIndex, Any] = metadata.storage_data or {}
+    storage: Mapping[MetadataIndex, Any] = found.storage_data or {}
     chunks: dict[str, list[_Chunk]] = defaultdict(list)
     for index, place in storage.items():
         offsets = tuple(index.offset or ())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def load(
     optimizer.load_state(loaded["optimizer"], int(loaded["updates"]))
     mine = folder / "random" / f"rank_{dist.get_rank():05d}.pt"
     if same_layout:
-        _set_random_state(torch.load(mine, weights_only=False))
+        _set_random_state(torch.load(mine, weights_only=True))
 
 
 # ------------------------------------------------------------------ torch_dist
@@ -156,6 +157,9 @@ class Writer:
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _dp_group())
+    DistCheckpoint(folder)  # refuses an index that is more than data: torch would execute it
+    # and so it would what it finds in the chunks of objects, whose reader says weights_only=False
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     loaded: Any = dist_checkpointing.load(state, str(folder), strategy)
     return loaded
 
