@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from types import TracebackType
 
 from miles_lite import log
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
+from miles_lite.redact import redacted
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
 from miles_lite.stop import AlarmError, Stopped
@@ -44,6 +47,7 @@ Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 
 def main() -> None:
     """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours, and with
     128 + N when signal N stopped it."""
+    sys.excepthook = _show
     sys.exit(run(sys.argv[1:]))
 
 
@@ -75,7 +79,7 @@ def run(words: Sequence[str]) -> int:
     try:
         commands[words[0]](words[1:])
     except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
-        print(f"miles-lite {words[0]}: {error}", file=sys.stderr)
+        print(redacted(f"miles-lite {words[0]}: {error}"), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:
         print(finished)
@@ -86,6 +90,10 @@ def run(words: Sequence[str]) -> int:
         print(f"miles-lite {words[0]}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
 
 
 def _check(overrides: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from miles_lite.redact import redacted
+
 # What a terminal would obey instead of show: C0 and C1 controls, zero-width and direction marks,
 # line separators, lone surrogates, the byte-order mark.
 _UNPRINTABLE = re.compile(
@@ -67,7 +69,7 @@ class _Formatter(logging.Formatter):
         super().__init__(f"%(asctime)s {who} %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
+        return printable(redacted(super().format(record)), keep="\n\t")
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

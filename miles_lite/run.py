@@ -45,6 +45,7 @@ from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
 from miles_lite.protocols import Metrics, StepResult
+from miles_lite.redact import redacted_settings
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
 
@@ -110,7 +111,7 @@ class Run:
         Raises RunFinished; ConfigError if it has other settings or is running; RunError.
         """
         _check(cfg)
-        plain = _plain(cfg)
+        plain = redacted_settings(_plain(cfg))
         with _writing(cfg.log.folder):
             if cfg.log.name:
                 folder = cfg.log.folder / cfg.log.name
