@@ -178,7 +178,9 @@ class WandbSink:
                 resume=None if mode == "offline" else "allow",
                 mode=mode,
                 config=dict(config or {}),
-                settings=wandb.Settings(console="off"),
+                # wandb's own record of machine and command line would have what was said there in
+                # plain words; ours is in `config`
+                settings=wandb.Settings(console="off", x_disable_meta=True),
             )
         except Exception as error:
             self._report("start", error)

@@ -26,7 +26,7 @@ from miles_lite.launch.child import (
 )
 from miles_lite.launch.facts import Facts
 from miles_lite.launch.ports import Ports
-from miles_lite.launch.preflight import LaunchError, head_problems, require
+from miles_lite.launch.preflight import LaunchError, exposed, head_problems, require
 from miles_lite.launch.roster import Roster, Wanted
 from miles_lite.planner.hardware import Hardware
 
@@ -42,6 +42,7 @@ class Settings:
     wait_s: float  # for the other side
     num_hosts: int = 0  # 0: as many as the layout needs
     hosts: tuple[str, ...] = ()  # their addresses, where they are known beforehand
+    is_public: bool = False  # the address may be one of the internet
 
 
 class Head:
@@ -72,6 +73,7 @@ class Head:
         before the driver ran."""
         settings = self._settings
         problems = head_problems(settings.address, self._num_hosts, settings.ports)
+        problems += exposed(settings.address, settings.is_public)
         require(problems + self._own.too_few(self._num_gpus))
         self._heed_signals()
         print(f"{self._num_hosts} hosts of {self._num_devices} devices; ports:")

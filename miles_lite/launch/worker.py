@@ -19,6 +19,7 @@ from miles_lite.launch.head import Settings
 from miles_lite.launch.preflight import (
     LaunchError,
     common_problems,
+    exposed,
     own_addresses,
     require,
     worker_problems,
@@ -33,7 +34,8 @@ NO_WAY = (errno.ENETUNREACH, errno.EADDRNOTAVAIL)  # waiting changes nothing
 async def run(settings: Settings, own_address: str) -> int:
     """The status of the run. own_address: "" for the one from which the head is reached. Raises
     LaunchError, also when the head is lost."""
-    require(worker_problems(settings.address, settings.ports))
+    problems = worker_problems(settings.address, settings.ports)
+    require(problems + exposed(settings.address, settings.is_public))
     if own_address and own_address not in addresses():
         raise LaunchError(f"NODE_IP={own_address}: this host has {own_addresses()}")
     task = asyncio.current_task()

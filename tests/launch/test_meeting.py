@@ -21,6 +21,7 @@ from miles_lite.launch.facts import Facts
 from miles_lite.launch.ports import Ports, taken
 from miles_lite.launch.preflight import (
     LaunchError,
+    exposed,
     head_problems,
     worker_problems,
 )
@@ -152,6 +153,15 @@ def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         head_problems("node7", 2, PORTS)
     assert interface_env(own)["NCCL_SOCKET_IFNAME"] == f"={addresses()[own]}"
     assert interface_env("192.0.2.7") == {}
+
+
+def test_an_address_of_the_internet_is_refused_unless_asked_for() -> None:
+    (found,) = exposed("8.8.8.8", False)
+    assert "--public" in found
+    assert exposed("8.8.8.8", True) == []
+    assert [exposed(ip, False) for ip in ("10.1.2.3", "192.168.0.2", "127.0.0.1", "fd00::1")] == [
+        [] for _ in range(4)
+    ]
 
 
 @pytest.mark.parametrize(
