@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
+from miles_lite.algo.drift_parts import suspect
 from miles_lite.config import Config
 from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
@@ -155,9 +156,10 @@ def _drift(seen: Seen, limits: Limits) -> str:
     now = seen(ABS_DIFF)
     if not now > limits.config.drift:
         return ""
+    where = suspect(seen.latest[-1])
     return (
         f"engine and trainer disagree by {now:.3g} nats a token about the same weights, more than "
-        f"alarms.drift = {limits.config.drift:g}"
+        f"alarms.drift = {limits.config.drift:g}{where and f': {where}'}"
     )
 
 

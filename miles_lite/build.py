@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from miles_lite.algo.credit import CreditSettings
 from miles_lite.algo.packing import PackSettings
@@ -69,9 +69,12 @@ class Inputs:
 
 
 def check(cfg: Config) -> Inputs:
-    """Read model config, tokenizer and data, and refuse all that cannot run. Starts nothing that
-    lasts. Raises ValueError (ConfigError where a key is to blame)."""
+    """Read model, tokenizer and data, and refuse all that cannot run. Starts nothing that lasts."""
+    from miles_lite.weights.conversion import check_tensors
+    from miles_lite.weights.hf_files import HfFiles
+
     inputs = read(cfg)
+    check_tensors(HfFiles(cfg.model.path), inputs.model)  # before anything of that size is made
     _check_reward(cfg, inputs)
     for warning in rules.warnings(cfg):
         log.warning(warning)
@@ -125,14 +128,16 @@ class StartedEngine(Engine, Protocol):
 
 
 @contextlib.contextmanager
-def start(cfg: Config, inputs: Inputs, log_folder: Path) -> Iterator[Parts]:
+def start(
+    cfg: Config, inputs: Inputs, log_folder: Path, lost: Callable[[str], None] = log.error
+) -> Iterator[Parts]:
     """Bring up Ray, trainer ranks, engines and reward workers; take all down again on leaving.
-    Servers log to `log_folder`."""
+    Servers log to `log_folder`. lost: see open_session."""
     device = device_of(cfg)
     expected = Expected.of(replace(cfg, cluster=replace(cfg.cluster, device=device)), inputs.model)
     with contextlib.ExitStack() as stack:
         bundles = stack.enter_context(
-            session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device)
+            session.open_session(cfg.cluster, cfg.parallel.dims.world_size, device, lost)
         )
         check_groups([bundle.host for bundle in bundles], groups_of_neighbours(cfg))
         spots = _spots(cfg, bundles, device, log_folder)
@@ -200,6 +205,7 @@ def _connect(engines: Sequence[StartedEngine], spots: Sequence[Spot], deadline_s
 def _rollout(cfg: Config, inputs: Inputs) -> RolloutSettings:
     return RolloutSettings(
         sampling=inputs.sampling,
+        vocab_size=inputs.model.vocab_size,
         routers=RouterSizes.of(inputs.model),
         num_prompts=cfg.rollout.num_prompts,
         samples_per_prompt=cfg.rollout.samples_per_prompt,
@@ -258,11 +264,13 @@ class Spot:
     env: Mapping[str, str]
     log_folder: Path
 
-    def spawn(self, cls: type, rank: int, *args: object) -> Remote:
-        """The actor of one rank; polls and buckets are answered while others wait."""
-        bundle = self.bundles[rank]
-        name = f"{self.name} rank {rank} on {bundle.host}"
-        return spawn(cls, name, *args, bundle=bundle, share=ENGINE_SHARE, threads=4, env=self.env)
+    def spawn(self, cls: type, given: Sequence[tuple[object, ...]]) -> list[Remote]:
+        """All ranks, with what each is given; polls and buckets are answered while others wait."""
+        how: Any = {"share": ENGINE_SHARE, "threads": 4, "env": self.env}
+        return [
+            spawn(cls, f"{self.name} rank {rank} on {bundle.host}", *mine, bundle=bundle, **how)
+            for rank, (bundle, mine) in enumerate(zip(self.bundles, given, strict=True))
+        ]
 
 
 def _environment(cfg: Config) -> dict[str, str]:
@@ -301,11 +309,11 @@ def _start_embedded(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
         max_seq_len=cfg.max_seq_len,
         prefill_tokens=engine.prefill_tokens,
         timeout_s=cfg.rollout.timeout_s,
+        stall_s=engine.stall_s,
     )
-    ranks = [
-        spot.spawn(EngineRank, rank, model, engine.dims, rank, options) for rank in range(engine.tp)
-    ]
-    return EmbeddedEngine(spot.name, ranks, (model, engine.dims), options, cfg.rollout.timeout_s)
+    ranks = [(model, engine.dims, rank, options) for rank in range(engine.tp)]
+    spawn = partial(spot.spawn, EngineRank, ranks)
+    return EmbeddedEngine(spot.name, spawn, ranks[0][:2], options, cfg.rollout.timeout_s)
 
 
 def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
@@ -321,14 +329,10 @@ def _start_sglang(cfg: Config, model: NemotronH, spot: Spot) -> StartedEngine:
     )
     cuts = Cuts.of(spec.extra)
     held = [params(model, spec.dims, rank, cuts) for rank in range(spec.dims.tp)]
-    ranks = [
-        spot.spawn(
-            SGLangRank, rank, f"{spot.name} rank {rank}", spec, held[rank], cfg.sync.timeout_s
-        )
-        for rank in range(spec.dims.tp)
-    ]
-    hosted = (model, held)
-    return SGLangEngine(spot.name, ranks, hosted, spec, spot.log_folder, cfg.rollout.timeout_s)
+    sync_s = cfg.sync.timeout_s
+    ranks = [(f"{spot.name} rank {rank}", spec, mine, sync_s) for rank, mine in enumerate(held)]
+    spawn, hosted = partial(spot.spawn, SGLangRank, ranks), (model, held)
+    return SGLangEngine(spot.name, spawn, hosted, spec, spot.log_folder, cfg.rollout.timeout_s)
 
 
 _ENGINES = {"embedded": _start_embedded, "sglang": _start_sglang}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miles_lite.intact import HASH, OTHER_HASH, to_disk, tree_to_disk
+from miles_lite.intact import HASH, OTHER_HASH, to_disk, tree_to_disk, writing
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,17 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """An empty folder to write a checkpoint into."""
         folder = self._folder / f".{_name(step)}.part"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
         return folder
 
     def commit(self, step: int, state: Mapping[str, Any], digests: Digests) -> Checkpoint:
         """All has been written: make it seen, under its name, and drop what is no longer kept."""
+        with writing(self._folder):
+            return self._commit(step, state, digests)
+
+    def _commit(self, step: int, state: Mapping[str, Any], digests: Digests) -> Checkpoint:
         part, folder = self._folder / f".{_name(step)}.part", self._folder / _name(step)
         _write_json(part / "state.json", state)
         files = _files(part)

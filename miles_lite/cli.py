@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from types import TracebackType
 
 from miles_lite import log
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
-from miles_lite.redact import redacted
+from miles_lite.protocols import EngineError, RemoteError
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.run import RunError
-from miles_lite.stop import AlarmError, Stopped
+from miles_lite.stop import ENDED_ITSELF, AlarmError, Stopped
 
 USAGE = """\
-miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment
+miles-lite train experiment=NAME [key=value ...]   train; NAME is a file of configs/experiment;
+                                                   with --supervise it goes on after a crash
 miles-lite check experiment=NAME [key=value ...]   read and check all it reads, start nothing
 miles-lite plan experiment=NAME [key=value ...]    memory, time and traffic of a run, and whether it
                                                    fits: without GPU or weights, see plan --help
@@ -38,16 +37,22 @@ miles-lite eval --model DIR|RUN[@STEP] experiment=NAME [key=value ...]
 miles-lite samples RUN                             what a run's model wrote, see samples --help
 miles-lite replay RUN[@STEP] --reward FILE:FUNCTION
                                                    saved samples, scored by another reward
+miles-lite chaos experiment=NAME --kill KIND,...   kill processes of a run at random, compare it
+                                                   with an undisturbed one, see chaos --help
 miles-lite serve --model DIR|RUN[@STEP]            an OpenAI-compatible endpoint, see serve --help
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
 
 
+# of a run, told in one line: where they come from is told in it
+FAILURES = (RunError, NoSignalError, AlarmError, CheckpointError, RemoteError, EngineError)
+
+
 def main() -> None:
-    """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours, and with
-    128 + N when signal N stopped it."""
-    sys.excepthook = _show
+    """Entry point; exits with 0, with 2 for an error of the user, with 1 for one of ours, with
+    ENDED_ITSELF, and with 128 + N when signal N stopped it."""
+    sys.excepthook = log.say_trace
     sys.exit(run(sys.argv[1:]))
 
 
@@ -68,6 +73,7 @@ def run(words: Sequence[str]) -> int:
         "samples": _samples,
         "replay": _replay,
         "drift": _drift,
+        "chaos": _chaos,
     }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -78,11 +84,13 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, RunError, NoSignalError, AlarmError, CheckpointError) as error:
-        print(redacted(f"miles-lite {words[0]}: {error}"), file=sys.stderr)
+    except (ValueError, *FAILURES) as error:
+        log.say(f"miles-lite {words[0]}: {error}", sys.stderr)
+        if words[0] == "train" and isinstance(error, NoSignalError | AlarmError | CheckpointError):
+            return ENDED_ITSELF
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:
-        print(finished)
+        log.say(str(finished))
     except Stopped as stopped:
         print(f"miles-lite {words[0]}: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -90,10 +98,6 @@ def run(words: Sequence[str]) -> int:
         print(f"miles-lite {words[0]}: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    print(redacted("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)
 
 
 def _check(overrides: Sequence[str]) -> None:
@@ -190,14 +194,31 @@ def _reward_audit(overrides: Sequence[str]) -> None:
     cfg = compose(overrides)
     sections = build.audit_reward(cfg, build.read(cfg))
     for section in sections:
-        print("\n".join(section.lines()))
+        log.say("\n".join(section.lines()))
     for warning in [warning for section in sections for warning in section.warnings]:
-        print(f"warning: {warning}")
+        log.say(f"warning: {warning}")
     if failures := [section.failure for section in sections if section.failure]:
         raise ValueError("; ".join(failures))
 
 
-def _train(overrides: Sequence[str]) -> None:
+def _train(words: Sequence[str]) -> None:
+    from miles_lite import supervise
+
+    options = supervise.options(words)
+    if not options.supervise:
+        _train_once(options.overrides)
+    elif code := supervise.run(options.overrides, options.restarts):
+        sys.exit(code)
+
+
+def _chaos(words: Sequence[str]) -> None:
+    from miles_lite.chaos import command
+
+    if code := command.run(words):
+        sys.exit(code)
+
+
+def _train_once(overrides: Sequence[str]) -> None:
     from miles_lite import build
     from miles_lite.compose import compose
     from miles_lite.console import Console
@@ -208,11 +229,16 @@ def _train(overrides: Sequence[str]) -> None:
 
     cfg = compose(overrides)
     inputs = build.check(cfg)
-    with Run.open(cfg, datetime.now()) as run:
+
+    def lost(why: str) -> None:
+        run.finish({"error": why}, "failed")
+        log.say(f"miles-lite train: {why}", sys.stderr)
+
+    with StopRequest() as stop, Run.open(cfg, datetime.now()) as run:
         with (
+            stop.told(),
             Console(cfg.experiment, cfg.train.num_steps) as console,
-            build.start(cfg, inputs, run.folder / "engines") as parts,
-            StopRequest() as stop,  # after Ray, which takes SIGTERM for itself
+            build.start(cfg, inputs, run.folder / "engines", lost) as parts,
         ):
             train(cfg, run, parts, console, stop)
         summary = summarize(run.folder, read_metrics(run.folder))

@@ -206,6 +206,7 @@ class EngineConfig:
     ep: int = 1  # experts are spread over this many ranks of the engine
     max_running: int = 64  # requests at once in one DP group: sizes the caches
     prefill_tokens: int = 8192  # prompt tokens of one prefill batch
+    stall_s: float = 60.0  # longer than any step takes: without one for so long it is restarted
     sglang: dict[str, Any] = field(default_factory=dict)  # further ServerArgs fields of SGLang
     python: str = ""  # interpreter that has sglang; "": the one of the run
 
@@ -216,7 +217,7 @@ class EngineConfig:
                     f"{name} = {getattr(self, name)!r} with backend = {self.backend}: it would not "
                     "be used; set backend = sglang, or leave it out"
                 )
-        positive(self, "num_engines", "tp", "dp", "ep", "max_running", "prefill_tokens")
+        positive(self, "num_engines", "tp", "dp", "ep", "max_running", "prefill_tokens", "stall_s")
         for name in ("dp", "ep"):
             if self.tp % getattr(self, name):
                 raise ConfigError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from miles_lite import build
 from miles_lite.compose import compose
 from miles_lite.config import ConfigError
+from miles_lite.log import say
 from miles_lite.protocols import Metrics
 from miles_lite.rollout.evaluate import evaluate
 from miles_lite.run import Run
@@ -42,8 +43,8 @@ def run(words: Sequence[str]) -> None:
                 found[eval_set.name] = metrics
         numbers = {name: value for metrics in found.values() for name, value in metrics.items()}
         run.finish({"model": options.model, "run_folder": str(run.folder), "metrics": numbers})
-    print("\n".join(table(found, {name: len(p) for name, p in inputs.eval_prompts.items()})))
-    print(f"model       {options.model}\nrun folder  {Path(run.folder)}")
+    say("\n".join(table(found, {name: len(p) for name, p in inputs.eval_prompts.items()})))
+    say(f"model       {options.model}\nrun folder  {Path(run.folder)}")
 
 
 def table(found: dict[str, Metrics], num_prompts: dict[str, int]) -> list[str]:

@@ -1,9 +1,13 @@
-"""That bytes are what they were: hashes that find faults, and files that outlive a power cut."""
+"""That bytes are what they were: hashes that find faults, files that outlive a power cut, and what
+is said when they cannot be written."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
@@ -40,3 +44,23 @@ def tree_to_disk(folder: Path) -> None:
     """The same of all there is below a folder, and of itself."""
     for path in (*folder.rglob("*"), folder):
         to_disk(path)
+
+
+class RunError(RuntimeError):
+    """Something of a run cannot be written. Says what, why, and how full the disk is."""
+
+
+@contextlib.contextmanager
+def writing(path: Path, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn a failing write into one sentence: a full disk is the usual end of a long run. kinds:
+    what a library makes of an OSError."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {path}: {why}; {room(path)}") from error
+
+
+def room(path: Path) -> str:
+    place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"

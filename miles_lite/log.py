@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TextIO
 
 from miles_lite.redact import redacted
 
 # What a terminal would obey instead of show: C0 and C1 controls, zero-width and direction marks,
-# line separators, lone surrogates, the byte-order mark.
+# line separators, lone surrogates, the byte-order mark, tags.
 _UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 
@@ -55,6 +59,23 @@ def printable(text: str, keep: str = "") -> str:
         return char if char in keep else char.encode("unicode_escape").decode("ascii")
 
     return _UNPRINTABLE.sub(escape, text)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print what may quote a model, a file or a setting: to stdout, or to `stream`."""
+    print(printable(redacted(text), keep="\n\t"), file=stream, flush=True)
+
+
+def say_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As sys.excepthook: a trace ends in the message of an error, which may quote anything."""
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), sys.stderr)
+
+
+class SafeStream(io.TextIOWrapper):
+    """For sys.stdout and sys.stderr where code of others prints what a model wrote."""
+
+    def write(self, text: str) -> int:
+        return super().write(printable(text, keep="\n\t\r"))
 
 
 def few(names: Sequence[str], at_most: int = 4) -> str:

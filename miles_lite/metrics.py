@@ -114,7 +114,7 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_cut_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # nothing is left for `close` to fail at
 
     def log(self, step: int, metrics: Metrics) -> None:
         broken = {name: str(v) for name, v in metrics.items() if not math.isfinite(v)}
@@ -122,8 +122,9 @@ class JsonlSink:
         record |= {name: None if name in broken else value for name, value in metrics.items()}
         if broken:
             record["nonfinite"] = broken
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        rest = json.dumps(record, allow_nan=False).encode() + b"\n"
+        while rest:
+            rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:

@@ -9,7 +9,7 @@ import sys
 
 SPAWNER = "MILES_LITE_SPAWNER"  # in the environment: pid of the process that spawned this one
 
-_SET_PARENT_DEATH_SIGNAL = 1
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
 _forking = 0  # pid of the process that forks just now
 
 
@@ -19,6 +19,12 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Whatever is started below this process and loses its parent becomes our child (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def bind_forks() -> None:

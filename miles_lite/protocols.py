@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Verdict
+from miles_lite.types import Batch, Completion, Group, Prompt, Request, Sample, Sampling, Verdict
+
+if TYPE_CHECKING:  # this module stays light
+    import numpy as np
 
 Metrics = dict[str, float]
+# sample -> fp32 [token of its answer]: arrays, since a step has millions of these
+TokenValues = Mapping[int, "np.ndarray"]
 
 
 class Phase(Enum):
@@ -81,8 +86,20 @@ class Bucket:
     num_bytes: int
 
 
+class RemoteError(RuntimeError):
+    """A rank failed, died, or did not answer in time. The message names rank and operation."""
+
+
 class EngineError(RuntimeError):
     """An engine cannot answer. The message names engine and rank."""
+
+
+class EnginesLost(EngineError):
+    """These engines failed, or are not to be believed any more. causes: by engine, naming it."""
+
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__("; ".join(causes.values()))
+        self.causes = causes
 
 
 class Engine(Resident, Protocol):
@@ -90,13 +107,20 @@ class Engine(Resident, Protocol):
 
     name: str
     version: int  # of the weights it serves; -1 before the first commit
+    stall_s: float  # without a step or an answer for so long, it is taken for lost
 
-    async def generate(self, request: Request) -> Completion:
-        """Draw one completion. A uid is used once in an engine's life. Raises EngineError."""
+    def restart(self) -> None:
+        """New processes in place of the old ones, whatever those do, by the same name. They hold
+        nothing and have no weights. Raises EngineError or what starting raises."""
         ...
 
-    def can_score(self, temperature: float) -> bool:
-        """Whether `generate` takes requests with an answer to score."""
+    async def generate(self, request: Request) -> Completion:
+        """Draw one completion. A uid is used once in a life of the processes. Raises
+        EngineError."""
+        ...
+
+    def can_score(self, sampling: Sampling) -> bool:
+        """Whether `generate` takes requests with an answer to score like this."""
         ...
 
     async def abort(self) -> None:
@@ -154,15 +178,27 @@ class RolloutResult:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True)
+class Rescored:
+    """Answers with the log-probs and routing that a prefill gives them, as different distributions.
+    One is empty where an engine cannot tell, or where it would be the policy's own."""
+
+    policy: Sequence[Completion] = ()  # log-probs as the answers' own should be
+    untempered: Sequence[Completion] = ()  # at temperature 1
+    truncated: Sequence[Completion] = ()  # among the tokens that top-p and top-k keep
+
+
 class Rollout(Resident, Protocol):
     """Many engines, one policy, and the rewards of what it says."""
 
     version: int
     engines: Sequence[Engine]
+    # Called when engines are lost while the others owe nothing, with the causes by name: returns
+    # when all serve `version` again. None: losing an engine ends the call.
+    revive: Callable[[Mapping[str, str]], None] | None
 
-    def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
-        """What a prefill makes of the answers of `samples`, in the place of the log-probs and
-        routing that decoding them had; None where an engine cannot tell."""
+    def rescore(self, samples: Sequence[Sample]) -> Rescored:
+        """The answers of `samples`, each read in one prefill instead of token by token."""
         ...
 
     def progress(self) -> str:
@@ -180,9 +216,9 @@ class StepResult:
     """What training on one batch tells."""
 
     metrics: Metrics
-    # sample -> [token] of the trainer before the first update; samples not trained on are missing
-    logprobs: Mapping[int, Sequence[float]]
-    entropies: Mapping[int, Sequence[float]]  # of the same distributions
+    # of the trainer before the first update; samples not trained on are missing
+    logprobs: TokenValues
+    entropies: TokenValues  # of the same distributions
 
 
 class Trainer(Resident, Protocol):
@@ -206,7 +242,7 @@ class Trainer(Resident, Protocol):
         """Sizes by name, such as {"tp": 2, ...}; where they are the same, so is the arithmetic."""
         ...
 
-    def score(self, batch: Batch) -> Mapping[int, Sequence[float]]:
+    def score(self, batch: Batch) -> TokenValues:
         """Sample -> log-probs of its response as the weights are now, of the first update."""
         ...
 
@@ -227,7 +263,8 @@ class Trainer(Resident, Protocol):
         ...
 
     def send_weights(self, rollout: Rollout, version: int) -> Metrics:
-        """Bring every engine rank to `version`; returns only when both sides' checksums agree."""
+        """Bring every engine rank to `version`; returns only when both sides' checksums agree.
+        Raises EnginesLost, after which it can be called again."""
         ...
 
     def export_hf(self, folder: Path) -> None:

@@ -14,9 +14,9 @@ import yaml
 from miles_lite import compose
 from miles_lite.build import reward_workers
 from miles_lite.config import RewardConfig
-from miles_lite.log import printable
+from miles_lite.log import printable, say
+from miles_lite.records import SampleRecord, read_mapping, read_samples
 from miles_lite.rollout.rewards import RewardWorkers
-from miles_lite.run import SampleRecord, read_samples
 from miles_lite.samples import sample_file, split_run
 from miles_lite.types import Prompt, Verdict
 
@@ -31,7 +31,9 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(f"--reward {options.reward}: wanted FILE:FUNCTION")
     folder, step = split_run(options.run)
     path = sample_file(folder, step, options.set)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_mapping(folder / "config.yaml")
+    if not isinstance(config.get("reward"), dict) or not isinstance(config.get("rollout"), dict):
+        raise ValueError(f"{folder / 'config.yaml'} is missing, or is not that of a run")
     limits = compose.build(RewardConfig, config["reward"], "reward.")
     asked = {"file": file, "function": function, "options": _values(options.option), "others": {}}
     reward = compose.build(RewardConfig, config["reward"] | asked, "reward.")
@@ -40,8 +42,8 @@ def run(words: Sequence[str]) -> None:
     with reward_workers(reward) as workers:
         verdicts = asyncio.run(regrade(records, workers, size))
     old = f"{limits.file.name}:{limits.function}"
-    print(f"{path}: {len(records)} samples, {old} -> {Path(file).name}:{function}\n")
-    print("\n".join(comparison(records, verdicts, options.pass_reward, options.examples)))
+    say(f"{path}: {len(records)} samples, {old} -> {Path(file).name}:{function}\n")
+    say("\n".join(comparison(records, verdicts, options.pass_reward, options.examples)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,8 +124,8 @@ def comparison(
     for i in changed[:num_examples]:
         record = records[i]
         told = f"{_told(before[i])} -> {_told(verdicts[i])}"
-        lines.append(printable(f"\t{record.prompt_uid}, label {record.label}: {told}", keep="\t"))
-        lines.append(printable(f"\t\t{record.response[-MAX_SHOWN:]}", keep="\t"))
+        lines.append("\t" + printable(f"{record.prompt_uid}, label {record.label}: {told}"))
+        lines.append("\t\t" + printable(record.response[-MAX_SHOWN:]))
     return lines
 
 

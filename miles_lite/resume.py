@@ -16,6 +16,7 @@ from miles_lite.algo.packing import PackSettings, pack
 from miles_lite.build import Parts
 from miles_lite.checkpoints import Checkpoint, CheckpointError
 from miles_lite.claim import refuse_changes
+from miles_lite.intact import writing
 from miles_lite.metrics import ABS_DIFF, RUN_ID
 from miles_lite.protocols import Metrics, Trainer
 from miles_lite.rollout.signal import SignalWatch
@@ -41,9 +42,9 @@ class Probe:
     prompt_lengths: np.ndarray  # [sequence]
     scores: np.ndarray  # [response tokens of all] log-probs, fp32 as the trainer computes them
 
-    def gaps(self, scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    def gaps(self, scores: Sequence[np.ndarray]) -> tuple[float, float]:
         """Nats a token between these and the probe's: on average, and of the worst answer."""
-        again = np.concatenate([np.asarray(each, np.float32) for each in scores])
+        again = np.concatenate(scores)
         apart = np.abs(again - self.scores)
         each = np.split(apart, np.cumsum(self.lengths - self.prompt_lengths)[:-1])
         return float(apart.mean()), max(float(one.mean()) for one in each if one.size)
@@ -63,13 +64,14 @@ def save(
     parts.trainer.save(folder, run.saves_meanwhile)
     answers = [(s.tokens, s.prompt_len) for s in sequences]
     found = scores(answers, parts.trainer, parts.packing)
-    np.savez(
-        folder / PROBE,
-        tokens=np.concatenate([np.asarray(s.tokens, np.int32) for s in sequences]),
-        lengths=np.asarray([len(s.tokens) for s in sequences]),
-        prompt_lengths=np.asarray([s.prompt_len for s in sequences]),
-        scores=np.concatenate([np.asarray(each, np.float32) for each in found]),
-    )
+    with writing(folder / PROBE):
+        np.savez(
+            folder / PROBE,
+            tokens=np.concatenate([np.asarray(s.tokens, np.int32) for s in sequences]),
+            lengths=np.asarray([len(s.tokens) for s in sequences]),
+            prompt_lengths=np.asarray([s.prompt_len for s in sequences]),
+            scores=np.concatenate(found),
+        )
     state = {
         "config": run.config,
         "layout": dict(parts.trainer.layout),
@@ -116,9 +118,7 @@ def restore(run: Run, parts: Parts, watch: SignalWatch) -> None:
     logger.info("going on after step %d, from %s", found.step, found.folder)
 
 
-def scores(
-    answers: Sequence[Answer], trainer: Trainer, packing: PackSettings
-) -> list[Sequence[float]]:
+def scores(answers: Sequence[Answer], trainer: Trainer, packing: PackSettings) -> list[np.ndarray]:
     """Log-probs of each response under the trainer's weights: one pass without gradients."""
     # some twice, so that there are as many for each DP rank, however many there are now
     missing = -len(answers) % trainer.dp

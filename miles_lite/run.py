@@ -9,6 +9,7 @@
       checkpoints/          what a restart needs, see checkpoints.py
       hf/                   the trained policy, written by the trainer
       summary.json          how the run ended
+      restarts.jsonl        one line each, by who supervised it, see supervise.py
 
 A run with a name goes on where it stopped when the same command is given again; `touch save_now` in
 its folder asks for a checkpoint at the end of the step.
@@ -26,25 +27,28 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+import numpy as np
 import yaml
 
 from miles_lite import environment
 from miles_lite.checkpoints import Checkpoints
 from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
+from miles_lite.intact import RunError, writing
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
 from miles_lite.protocols import Metrics, StepResult
+from miles_lite.records import TOKEN_FLOATS, SampleRecord
+from miles_lite.records import read_metrics as read_metrics  # part of what a run is
+from miles_lite.records import read_samples as read_samples
 from miles_lite.redact import redacted_settings
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
@@ -52,36 +56,12 @@ from miles_lite.types import Group, Sample, TrainSequence
 logger = logging.getLogger(__name__)
 
 
-class RunError(RuntimeError):
-    """Something of the run folder cannot be written. Says what, why, and how full the disk is."""
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRecord:
-    """One line of a samples file."""
-
-    step: int
-    prompt_uid: str  # source and row number in its file
-    prompt: str  # rendered chat template
-    label: str
-    response: str  # special tokens kept
-    tokens: Sequence[int]  # [T] of the response
-    logprobs: Sequence[float]  # [T] of the engine
-    trainer_logprobs: Sequence[float]  # [T], or empty if the trainer did not see this sample
-    reward: float
-    invalid: str  # why there is no verdict; "" when there is one
-    version: int  # of the weights that drew it
-    finish: str  # a Finish
-    # of the sample, before anything that needs the trainer's log-probs; NaN: it does not count
-    advantage: float = math.nan
-    entropies: Sequence[float] = ()  # [T] of the trainer's distributions, where it has log-probs
-
-
-_TOKEN_FLOATS = ("logprobs", "trainer_logprobs", "entropies")
+_NONE = np.empty(0, np.float32)
 
 
 class Run:
-    """Created by the driver, which alone writes here. A context: leaving it closes all sinks."""
+    """Created by the driver, which alone writes here while it runs. A context: leaving it closes
+    all sinks."""
 
     def __init__(
         self,
@@ -112,7 +92,7 @@ class Run:
         """
         _check(cfg)
         plain = redacted_settings(_plain(cfg))
-        with _writing(cfg.log.folder):
+        with writing(cfg.log.folder):
             if cfg.log.name:
                 folder = cfg.log.folder / cfg.log.name
                 folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +102,7 @@ class Run:
         check_same(folder, plain)
         _write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
         _write_json(folder / "environment.json", environment.describe())
-        with _writing(folder / "metrics.jsonl"):
+        with writing(folder / "metrics.jsonl"):
             sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl")]
         if not kept_run_id(folder) and (run_id := _run_id_of_checkpoints(folder / "checkpoints")):
             keep_run_id(folder, run_id)
@@ -156,7 +136,7 @@ class Run:
         self.start = step
         if (found := self.metrics_bytes) < metrics_bytes:  # a checkpoint that came from elsewhere
             logger.warning("%s lacks steps before %d", self.folder / "metrics.jsonl", step)
-        with _writing(self.folder):
+        with writing(self.folder):
             os.truncate(self.folder / "metrics.jsonl", min(found, metrics_bytes))
             for pattern in ("samples/step_*", "eval/*/step_*"):
                 for file in self.folder.glob(pattern):
@@ -182,7 +162,7 @@ class Run:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """To every sink. On disk when this returns."""
-        with _writing(self.folder / "metrics.jsonl"):
+        with writing(self.folder / "metrics.jsonl"):
             for sink in self._sinks:
                 sink.log(step, metrics)
 
@@ -204,8 +184,8 @@ class Run:
             _record(
                 step,
                 sample,
-                result.logprobs.get(sequence.sample, ()),
-                result.entropies.get(sequence.sample, ()),
+                result.logprobs.get(sequence.sample, _NONE).tolist(),
+                result.entropies.get(sequence.sample, _NONE).tolist(),
                 sequence.advantage if sequence.counts else math.nan,
             )
             for sample, sequence in zip(samples, sequences, strict=True)
@@ -251,36 +231,6 @@ class Run:
         for sink in self._sinks:
             sink.close()
         self._lock.close()
-
-
-# ------------------------------------------------------------------ reading, for tools and reports
-
-
-def read_metrics(folder: Path) -> dict[int, Metrics]:
-    """All metrics of a run by step, in order. Where a step was logged more than once (evaluations,
-    a resumed run), each metric has its latest value. A run may still be writing."""
-    steps: dict[int, Metrics] = {}
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):  # being written just now
-                break
-            record = json.loads(line)
-            broken = {name: float(value) for name, value in record.pop("nonfinite", {}).items()}
-            steps.setdefault(record.pop("step"), {}).update(record | broken)
-    return dict(sorted(steps.items()))
-
-
-def read_samples(path: Path) -> Iterator[SampleRecord]:
-    """The samples of one file, one at a time."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            for key in _TOKEN_FLOATS:
-                values = record.get(key, ())  # runs of before have no entropies
-                record[key] = [math.nan if value is None else value for value in values]
-            if record.get("advantage") is None:
-                record["advantage"] = math.nan
-            yield SampleRecord(**record)
 
 
 # ------------------------------------------------------------------ writing
@@ -373,7 +323,7 @@ def _write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
     with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw) as file:
         for record in records:
             line = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            line |= {key: _json_floats(line[key]) for key in _TOKEN_FLOATS}
+            line |= {key: _json_floats(line[key]) for key in TOKEN_FLOATS}
             (line["advantage"],) = _json_floats([record.advantage])
             file.write(json.dumps(line).encode("ascii") + b"\n")
 
@@ -391,7 +341,7 @@ def _write_text(path: Path, text: str) -> None:
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name only when it is complete and on disk."""
     part = path.with_name(f".{path.name}.part")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("wb") as file:
@@ -401,19 +351,3 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a failing write into one sentence: a full disk is the usual end of a long run."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; {_room(path)}") from error
-
-
-def _room(path: Path) -> str:
-    place = next(
-        parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()
-    )
-    return f"{shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miles_lite.log import printable
-from miles_lite.run import SampleRecord, read_samples
+from miles_lite.records import SampleRecord, read_samples
 
 
 def run(words: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ def _table(records: Sequence[SampleRecord]) -> Table:
         table.add_row(
             Text(printable(record.prompt_uid)),
             Text(printable(record.invalid) if record.invalid else f"{record.reward:g}"),
-            record.finish,
+            Text(printable(record.finish)),
             str(len(record.tokens)),
             Text(printable(record.label)),
             Text(printable(record.response)),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from miles_lite.log import few
 from miles_lite.protocols import Metrics
 
 Summary = dict[str, float | int | str]
 
+RESTARTS = "restarts.jsonl"  # in the run folder: a line for each restart, see supervise.py
 LAST_STEPS = 5  # one step is few prompts: the closing reward is a mean over some
 
 
@@ -22,6 +26,9 @@ def summarize(folder: Path, steps: Mapping[int, Metrics]) -> Summary:
     trained = [metrics for metrics in steps.values() if "rollout/raw_reward" in metrics]
     rewards = [metrics["rollout/raw_reward"] for metrics in trained]
     found: Summary = {"run_folder": str(folder), "num_steps": len(trained)}
+    if restarts := read_restarts(folder):
+        causes = [f"after {line['step']} steps {line['cause']}" for line in reversed(restarts)]
+        found |= {"restarts": len(restarts), "restart_causes": few(causes)}
     if not trained:
         return found
     found |= {
@@ -47,6 +54,12 @@ def summarize(folder: Path, steps: Mapping[int, Metrics]) -> Summary:
     return found
 
 
+def read_restarts(folder: Path) -> list[dict[str, Any]]:
+    """What a supervisor wrote of each restart: time, step, code, cause."""
+    file = folder / RESTARTS
+    return [*map(json.loads, file.read_text().splitlines())] if file.is_file() else []
+
+
 def lines(summary: Summary) -> list[str]:
     """For people."""
     told = [f"steps trained      {summary['num_steps']}"]
@@ -65,4 +78,6 @@ def lines(summary: Summary) -> list[str]:
             f"{summary['eval_name']:<18} {summary['eval_before']:.3f} -> "
             f"{summary['eval_after']:.3f} (held out)"
         )
+    if "restarts" in summary:
+        told.append(f"restarts           {summary['restarts']}: {summary['restart_causes']}")
     return [*told, f"run folder         {summary['run_folder']}"]

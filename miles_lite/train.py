@@ -11,11 +11,11 @@ from miles_lite.algo.drift_parts import drift_parts, spread
 from miles_lite.algo.packing import pack, packing_metrics
 from miles_lite.build import Parts
 from miles_lite.cluster.actor import waited_for
-from miles_lite.cluster.lease import Lease
 from miles_lite.config import Config
 from miles_lite.console import Console
 from miles_lite.protocols import Phase
 from miles_lite.rollout.evaluate import evaluate
+from miles_lite.rollout.revival import Revival
 from miles_lite.rollout.signal import SignalWatch
 from miles_lite.run import Run, read_metrics
 from miles_lite.stop import AlarmError, StopRequest
@@ -24,19 +24,21 @@ from miles_lite.stop import AlarmError, StopRequest
 def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopRequest) -> None:
     """cfg.train.num_steps steps, going on where the run stopped. Before the first rollout and after
     every step the engines are brought to the trainer's weights; a step's samples are all of one
-    version. With everything saved, raises Stopped at the end of a step after SIGTERM or SIGINT, and
-    AlarmError at the end of one whose alarm is to end the run."""
+    version, also when engines die on the way. With everything saved, raises Stopped at the end of
+    a step after SIGTERM or SIGINT, and AlarmError at the end of one whose alarm is to end the
+    run."""
     trainer, rollout = parts.trainer, parts.rollout
     console.watch(lambda: rollout.progress() or waited_for())
     watch = SignalWatch(cfg.reward.max_dead_steps)
-    devices = Lease(trainer, rollout)
+    devices = Revival(trainer, rollout)
     console.phase("sync")
     devices.enter(Phase.sync)
     resume.restore(run, parts, watch)
     console.start_at(run.start)
-    trainer.send_weights(rollout, version=run.start)
+    devices.send_weights(run.start)
     alarms = Alarms(Limits.of(cfg), read_metrics(run.folder))
 
+    stop.in_steps = True
     for step in range(run.start, cfg.train.num_steps):
         begin = time.perf_counter()
         console.phase("generate")
@@ -45,7 +47,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
             _evaluate(run, step, parts, console)
         drawn = rollout.generate(parts.prompts)
         probed = spread(drawn.groups, parts.num_probes)
-        prefilled = rollout.rescore(list(probed.values()))
+        rescored = rollout.rescore(list(probed.values()))
         sequences = to_sequences(drawn.groups, parts.credit)
         batch = pack(sequences, parts.packing)
         metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences)
@@ -57,12 +59,12 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if _due(step + 1, cfg.algo.ref_update_interval):
             trainer.refresh_reference()
         metrics |= result.metrics
-        metrics |= drift_parts(probed, prefilled, result.logprobs, rollout.version)
+        metrics |= drift_parts(probed, rescored, result.logprobs, rollout.version)
         metrics["train/step"] = float((step + 1) * len(batch.updates) - 1)  # counts updates
 
         console.phase("sync")
         devices.enter(Phase.sync)
-        metrics |= trainer.send_weights(rollout, version=step + 1)
+        metrics |= devices.send_weights(step + 1)
 
         metrics["perf/step_time"] = time.perf_counter() - begin
         metrics |= devices.metrics()
@@ -84,6 +86,8 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
             stop.heed()
 
     resume.complete(run, parts)
+    stop.in_steps = False
+    stop.heed()
     console.phase("evaluate")
     devices.enter(Phase.generate)
     _evaluate(run, cfg.train.num_steps, parts, console)

@@ -43,6 +43,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
     wants_routing: bool = False  # the completion is to say which experts computed it
     top_logprobs: int = 0  # so many likeliest tokens are told to whoever follows the drawing
+    truncated: bool = False  # log-probs are those among the tokens that top-p and top-k keep
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ class Completion:
     """What an engine answers. The stop token, if any, is the last token."""
 
     tokens: tuple[int, ...]  # [T] generated, without the prompt
-    logprobs: tuple[float, ...]  # [T] under the temperature-scaled distribution before top-p/top-k
+    logprobs: tuple[float, ...]  # [T] at its temperature, before top-p/top-k unless `truncated`
     version: int  # of the weights that drew every one of these tokens
     finish: Finish
     routing: Routing = NO_ROUTING  # of prompt and answer but the last token, which was never read

@@ -13,17 +13,17 @@ from typing import Any
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, names: Collection[str]) -> None:
+    def __init__(self, data: bytes, names: Collection[str], what: str) -> None:
         super().__init__(io.BytesIO(data))
-        self._names = names
+        self._names, self._what = names, what
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (name := f"{module_name}.{global_name}") not in self._names:
-            raise pickle.UnpicklingError(f"it names {name!r}, which has no place in it")
+            raise pickle.UnpicklingError(f"it names {name}, which is no part of {self._what}")
         return super().find_class(module_name, global_name)
 
 
-def unpickle(data: bytes, names: Collection[str]) -> Any:
-    """names: "module.name" of all that may be named. Raises UnpicklingError for another, and
-    whatever a broken pickle raises."""
-    return _Unpickler(data, names).load()
+def unpickle(data: bytes, names: Collection[str], what: str) -> Any:
+    """what: the pickle is; names: "module.name" of all that it may name. Raises UnpicklingError
+    for another, and whatever a broken pickle raises."""
+    return _Unpickler(data, names, what).load()

@@ -182,12 +182,24 @@ def _formula(text: str) -> Any:
 @functools.cache
 def _known_names() -> dict[str, Any]:
     """All that a parsed formula may name: number and symbol classes, and a few functions."""
-    makers = ("Symbol", "Function", "Integer", "Rational")  # what the tokenizer writes
-    return {name: getattr(sympy, name) for name in (*makers, *_NAMES)} | {
+    return (
+        {name: getattr(sympy, name) for name in _NAMES}
+        | _makers()
+        | {
+            "factorial": functools.partial(_factorial, sympy.factorial),
+            "factorial2": functools.partial(_factorial, sympy.factorial2),
+        }
+    )
+
+
+@functools.cache
+def _makers() -> dict[str, Any]:
+    """What the tokenizer wraps each numeral and letter in, as text: Integer('2')."""
+    return {
+        name: getattr(sympy, name) for name in ("Symbol", "Function", "Integer", "Rational")
+    } | {
         "Float": functools.partial(_numeral, sympy.Float),
         "Number": functools.partial(_numeral, sympy.Number),
-        "factorial": functools.partial(_factorial, sympy.factorial),
-        "factorial2": functools.partial(_factorial, sympy.factorial2),
     }
 
 
@@ -196,8 +208,12 @@ def _build(node: ast.expr) -> Any:
     match node:
         case ast.Name(id=name) if name in _known_names():
             return _known_names()[name]
+        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=value)]) if (
+            name in _makers()
+        ):
+            return _makers()[name](value)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _known_names():
-            return _known_names()[name](*map(_argument, args))
+            return _known_names()[name](*map(_build, args))  # never a text: sympy would run it
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_build(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
@@ -213,11 +229,6 @@ def _build(node: ast.expr) -> Any:
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             return _power(_build(left), _build(right))
     raise _NotAFormula(type(node).__name__)
-
-
-def _argument(node: ast.expr) -> Any:
-    """Literals stand only inside calls, as in Integer(2): no Python number or string gets out."""
-    return node.value if isinstance(node, ast.Constant) else _build(node)
 
 
 def _numeral(kind: Any, text: str) -> Any:

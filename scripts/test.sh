@@ -9,6 +9,8 @@ bash "$project/scripts/setup.sh"
 cd "$project"
 export PATH="$project/.venv/bin:$PATH" # where ruff, pyright and shellcheck are
 export OMP_NUM_THREADS=1               # ranks are processes; threads on top only get in their way
+# Half of a test is waiting: for processes to start, deadlines to pass. So two files run at a time.
+two=(--numprocesses 2 --dist loadfile)
 
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
@@ -19,7 +21,7 @@ say() { echo "== $* ($SECONDS s)"; }
 lane() {
     say "pytest -m '$1'"
     local code=0
-    python -m pytest -m "$1" 2>&1 | tee "$log" || code=$?
+    python -m pytest "${two[@]}" -m "$1" 2>&1 | tee "$log" || code=$?
     if [[ $code == 5 ]]; then # no test carries this mark
         return
     fi

@@ -18,14 +18,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
     "types protocols bounds alarm_config config foreign compose metrics log device parallel "
-    "environment stop checkpoints claim intact orphan unpickle redact",
+    "environment stop checkpoints claim intact orphan untrusted records unpickle redact",
     "algo data models",
     "weights cluster",
     "trainer rollout run console summary alarms dashboard",
     "planner report",
     "build serve",
     "resume drift",
-    "train evaluate samples replay doctor launch",
+    "train evaluate samples replay doctor launch supervise chaos",
     "cli",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

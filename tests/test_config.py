@@ -219,4 +219,4 @@ def knobs(cls: Any) -> int:
 
 def test_knob_budget() -> None:
     assert knobs(LogConfig) == 4  # the counter counts
-    assert knobs(Config) < MAX_KNOBS
+    assert knobs(Config) <= MAX_KNOBS

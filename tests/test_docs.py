@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
 import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +44,28 @@ def commands() -> Iterator[str]:
 
 COMMANDS = sorted({command for command in commands() if not command.startswith("check:")})
 WHOLE = [command for command in COMMANDS if not STANDS_FOR.search(command)]
-OF_RUNS = [c for c in WHOLE if c.split()[0] in ("samples", "report") and "second" not in c]
+OF_RUNS = [c for c in WHOLE if re.search(r"runs/first|my\.jsonl", c)]
 QUICK = [c for c in WHOLE if c.split()[0] in ("plan", "check") and "--verify" not in c]
+
+
+# What other tests run: those of the command, with settings that take less time.
+ELSEWHERE = {
+    "chaos experiment=tiny --kill engine,trainer,driver,reward --times 50 --seed 0": (
+        "test_supervise.py"
+    ),
+    "doctor": "doctor/test_command.py",
+    "doctor experiment=tiny": "doctor/test_command.py",
+    "plan experiment=nemotron3_ultra --verify": "planner/test_plan.py",
+    "reward-audit experiment=tiny": "test_cli.py",
+    "reward-audit experiment=tiny data=gsm8k": "data/test_data_configs.py",  # without the hub
+    "serve --model configs/model/tiny": "serve/test_server.py",
+    "train experiment=tiny algo=dapo optim.lr=2e-4 parallel.tp=2 parallel.dp=1": "test_train.py",
+    "train --supervise experiment=tiny log.name=first": "test_supervise.py",
+    "train experiment=tiny log.name=first": "test_docs.py",
+    "train experiment=tiny log.name=first train.num_steps=20": "test_docs.py",
+    "train experiment=tiny rollout.engine.backend=sglang rollout.engine.python="
+    ".venv-sglang/bin/python": "rollout/sglang/test_grpo.py",
+}
 
 
 @functools.cache
@@ -90,6 +118,13 @@ def test_commands_take_the_words_they_are_shown_with(command: str) -> None:
     assert [flag for flag in flags if flag not in help_of(word)] == []
 
 
+def test_every_command_is_run_by_a_test() -> None:
+    assert {*QUICK, *OF_RUNS, *ELSEWHERE} == set(WHOLE)
+    tests = Path(__file__).parent
+    for command, file in ELSEWHERE.items():
+        assert command.split()[0].split("-")[0] in (tests / file).read_text(), command
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", QUICK)
 def test_commands_that_start_nothing_run(command: str, tmp_path: Path) -> None:
@@ -101,15 +136,60 @@ def test_commands_that_start_nothing_run(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_commands_on_a_run_run(tmp_path: Path) -> None:
     small = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
     words = ["experiment=tiny", "log.name=first", "train.num_steps=2", *small]
     assert cli("train", *words, cwd=tmp_path).returncode == 0
-    for command in OF_RUNS:
-        shown = command.replace("@20", "@2").replace("--set gsm8k", "--set eval")
-        done = cli(*shlex.split(shown.replace(" --open", "")), cwd=tmp_path)
-        assert done.returncode == 0, f"{shown}: {done.stderr}"
-    assert (tmp_path / "first.html").is_file() and (tmp_path / "runs/first/report.html").is_file()
+    shutil.copytree(tmp_path / "runs" / "first", tmp_path / "runs" / "second")
+    row = {"prompt": "What is 1+2?", "label": "3"}
+    (tmp_path / "my.jsonl").write_text(json.dumps(row) + "\n")
+    here = {
+        "replay runs/first@20": "replay runs/first@1",
+        "@20": "@2",
+        "@40": "@2",
+        "--set gsm8k": "--set eval",
+        " --open": "",
+        "DIR": "exported",
+    }
+    here |= {f" {folder}/": f" {PROJECT}/{folder}/" for folder in ("rewards", "configs")}
+    for shown in [*OF_RUNS, *(c for c in COMMANDS if c.startswith("export runs/first"))]:
+        command = functools.reduce(lambda text, pair: text.replace(*pair), here.items(), shown)
+        if command.startswith("serve"):
+            _serves(shlex.split(command), tmp_path)
+            continue
+        done = cli(*shlex.split(command), cwd=tmp_path)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    files = (
+        "first.html",
+        "runs/first/report.html",
+        "runs/first/drift.json",
+        "exported/config.json",
+    )
+    assert [file for file in files if not (tmp_path / file).is_file()] == []
+
+
+def _serves(words: list[str], folder: Path) -> None:
+    """It answers, and ends when it is told to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-m", "miles_lite.cli", *words, "--port", str(port)]
+    server = subprocess.Popen(argv, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 120
+        while True:
+            assert server.poll() is None and time.monotonic() < until
+            with contextlib.suppress(urllib.error.URLError):
+                url = f"http://127.0.0.1:{port}/v1/models"
+                assert b'"first"' in urllib.request.urlopen(url, timeout=10).read()
+                break
+            time.sleep(0.5)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == -signal.SIGTERM  # which its library leaves to the system
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_all_alarms_are_explained() -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from miles_lite import cli
 from miles_lite.intact import file_digest
 from miles_lite.run import read_metrics
+from miles_lite.stop import ENDED_ITSELF
 
 # a learning rate that changes, dynamic sampling, two updates a step, an evaluation on the way
 WORDS = """
@@ -200,7 +201,7 @@ def test_weights_that_compute_something_else_stop_the_run(tmp_path: Path, whole:
     size, found = (folder / "probe.npz").stat().st_size, file_digest(folder / "probe.npz")
     manifest["files"]["probe.npz"] = {"bytes": size, "hash": found}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    output = " ".join(finish(launch(tmp_path, "train.num_steps=9"), 1).split())
+    output = " ".join(finish(launch(tmp_path, "train.num_steps=9"), ENDED_ITSELF).split())
     assert "give the last answers of the run log-probs that differ by" in output
     assert "and of one answer by 0.0002: more than 1e-05, or 0.0001 for one" in output
     assert "remove this checkpoint to go on from an older one" in output

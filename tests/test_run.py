@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -59,12 +60,13 @@ def seen(
     logprobs: Mapping[int, Sequence[float]], num_samples: int = 2
 ) -> tuple[StepResult, list[TrainSequence]]:
     """What the trainer said of a step's samples; every other one does not count."""
-    entropies = {sample: [-value for value in values] for sample, values in logprobs.items()}
+    told = {sample: np.array(values, np.float32) for sample, values in logprobs.items()}
+    entropies = {sample: -values for sample, values in told.items()}
     sequences = [
         TrainSequence((1, 2, 7, 8), 2, (), i, i // 2, 1.0, advantage=1.5, counts=i % 2 == 0)
         for i in range(num_samples)
     ]
-    return StepResult({}, logprobs, entropies), sequences
+    return StepResult({}, told, entropies), sequences
 
 
 def test_a_new_run_never_takes_the_folder_of_another(cfg: Config) -> None:

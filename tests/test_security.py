@@ -118,9 +118,9 @@ def test_a_pickle_that_calls_is_refused_before_it_does(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"names '\w+\.Path\.touch'|names '\w+\.getattr'"):
         DistCheckpoint(tmp_path)
     with pytest.raises(pickle.UnpicklingError):
-        unpickle(hostile, {"pathlib.Path", "pathlib.PosixPath"})
+        unpickle(hostile, {"pathlib.Path", "pathlib.PosixPath"}, "a test")
     assert not (tmp_path / "executed").exists()
-    assert unpickle(pickle.dumps([1, frozenset({2})]), {"builtins.frozenset"}) == [1, {2}]
+    assert unpickle(pickle.dumps([1, frozenset({2})]), {"builtins.frozenset"}, "a test") == [1, {2}]
 
 
 def test_a_meeting_point_listens_where_it_was_told_to() -> None:

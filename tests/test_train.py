@@ -21,6 +21,7 @@ import torch
 from miles_lite.compose import CONFIGS
 from miles_lite.dashboard import PANELS
 from miles_lite.run import read_metrics, read_samples
+from miles_lite.stop import ENDED_ITSELF
 from tests import wandb_file
 
 COMMAND = [sys.executable, "-m", "miles_lite.cli", "train", "experiment=tiny"]
@@ -325,7 +326,7 @@ def test_a_reward_that_is_never_won_ends_the_run(tmp_path: Path) -> None:
     words = [dapo, "reward.function=dapo_math", "reward.max_dead_steps=2", "data.eval=''"]
     process = launch(tmp_path, "train.num_steps=50", *words)
     output = finished(process)
-    assert process.returncode == 1
+    assert process.returncode == ENDED_ITSELF
     told = " ".join(output.split())
     assert "2 steps in a row taught nothing" in told, output[-3000:]
     assert "rewards between -1 and -1" in told and "miles-lite reward-audit" in told
@@ -338,7 +339,7 @@ def test_an_alarm_may_end_the_run_with_all_saved(tmp_path: Path) -> None:
     words = ["alarms.drift=1e-12", "alarms.stop=[drift]", "data.eval=''"]
     process = launch(tmp_path, "train.num_steps=50", *words)
     output = finished(process)
-    assert process.returncode == 1
+    assert process.returncode == ENDED_ITSELF
     told = " ".join(output.split())
     assert "WARNING drift at step 0: engine and trainer disagree by" in told, output[-3000:]
     assert "miles-lite train: drift at step 0" in told

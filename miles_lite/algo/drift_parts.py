@@ -2,19 +2,25 @@
 
 An answer has three log-probs a token, of the same weights: as it was decoded (the headline's), as
 the engine's prefill scores it, and the trainer's. Between the first two lie the decode kernels,
-between the last two everything in which engine and trainer differ.
+between the last two everything in which engine and trainer differ. All three are of the policy's
+distribution; two more prefills tell how far that is from what top-p and top-k leave of it, and from
+that of temperature 1, and what is left of the drift if the decoded ones are of that by mistake.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
 from miles_lite.algo.routing import choices
-from miles_lite.protocols import Metrics
+from miles_lite.protocols import Metrics, Rescored, TokenValues
 from miles_lite.types import Completion, Group, Routing, Sample
+
+EXPLAINED = 0.2  # share of a difference: what leaves less of it is what it comes from
+SAME = 1e-5  # nats a token, between two prefills of the same tokens in the same batch
 
 
 def spread(groups: Sequence[Group], num: int) -> dict[int, Sample]:
@@ -26,8 +32,8 @@ def spread(groups: Sequence[Group], num: int) -> dict[int, Sample]:
 
 def drift_parts(
     samples: Mapping[int, Sample],
-    prefilled: Sequence[Completion] | None,
-    trainer: Mapping[int, Sequence[float]],
+    rescored: Rescored,
+    trainer: TokenValues,
     version: int,
 ) -> Metrics:
     """drift/*, as the headline: means over samples of the mean |difference| over their tokens.
@@ -37,38 +43,66 @@ def drift_parts(
     """
     if not samples:
         return {}
-    drawn_by = [sample.completion.version for sample in samples.values()]
-    metrics: Metrics = {"drift/version_gap": float(max(abs(version - v) for v in drawn_by))}
-    if prefilled is None:
-        return metrics
-    pairs = list(zip(samples.items(), prefilled, strict=True))
+    drawn = [sample.completion for sample in samples.values()]
+    metrics: Metrics = {"drift/version_gap": float(max(abs(version - c.version) for c in drawn))}
     flips = [
-        flip_rate(sample.completion.routing, again.routing)
-        for (_, sample), again in pairs
+        flip_rate(completion.routing, again.routing)
+        for completion, again in zip(drawn, rescored.policy, strict=False)
         if again.routing.known
     ]
     if flips:
         metrics["drift/decode_prefill_flips"] = fmean(flips)
-    seen = [
-        tuple(
-            np.array(logprobs[: len(again.logprobs)])
-            for logprobs in (sample.completion.logprobs, again.logprobs, trainer[index])
-        )
-        for (index, sample), again in pairs
-        if index in trainer and len(trainer[index])
-    ]
-    if not seen:
+    trained = {place: trainer[i] for place, i in enumerate(samples) if len(trainer.get(i, ()))}
+    if not (rescored.policy and trained):
         return metrics
-    shifts = {
-        "drift/decode_vs_prefill": [decode - prefill for decode, prefill, _ in seen],
-        "drift/prefill_vs_trainer": [prefill - ours for _, prefill, ours in seen],
-        "drift/decode_vs_trainer": [decode - ours for decode, _, ours in seen],
+
+    def scores(completions: Sequence[Completion]) -> list[np.ndarray]:
+        return [np.array(completions[place].logprobs) for place in trained]
+
+    prefill = scores(rescored.policy)
+    decode = [row[: len(p)] for row, p in zip(scores(drawn), prefill, strict=True)]
+    ours = [row[: len(p)] for row, p in zip(trained.values(), prefill, strict=True)]
+    metrics |= {
+        "drift/decode_vs_prefill": _apart(decode, prefill),
+        "drift/prefill_vs_trainer": _apart(prefill, ours),
+        "drift/decode_vs_trainer": _apart(decode, ours),
+        "drift/samples": float(len(trained)),
     }
-    for name, parts in shifts.items():
-        metrics[name] = fmean(float(np.abs(part).mean()) for part in parts)
-    # log-probs of a truncated distribution are too high on every token, rounding is on none
-    decode_shift = fmean(float(part.mean()) for part in shifts["drift/decode_vs_prefill"])
-    return metrics | {"drift/decode_shift": decode_shift, "drift/samples": float(len(seen))}
+    # rounding has no sign, log-probs of another distribution have
+    shifts = [float((d - p).mean()) for d, p in zip(decode, prefill, strict=True)]
+    metrics["drift/decode_shift"] = fmean(shifts)
+    others = {"temperature": rescored.untempered, "truncation": rescored.truncated}
+    for name, completions in others.items():
+        if completions:
+            shift = [other - p for other, p in zip(scores(completions), prefill, strict=True)]
+            metrics[f"drift/{name}"] = fmean(float(np.abs(s).mean()) for s in shift)
+            rest = [d - s for d, s in zip(decode, shift, strict=True)]
+            metrics[f"drift/without_{name}"] = _apart(rest, ours)
+    return metrics
+
+
+def _apart(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
+    return fmean(float(np.abs(x - y).mean()) for x, y in zip(a, b, strict=True))
+
+
+def suspect(metrics: Metrics) -> str:
+    """Where most of a drift that is too large lies, in words; "" if its parts were not measured."""
+
+    def part(name: str) -> float:
+        return metrics.get(f"drift/{name}", math.nan)
+
+    drift, within, beyond = map(
+        part, ("decode_vs_trainer", "decode_vs_prefill", "prefill_vs_trainer")
+    )
+    if part("without_truncation") < EXPLAINED * drift:
+        return "the engine's log-probs are those among the tokens that top-p and top-k keep"
+    if part("without_temperature") < EXPLAINED * drift:
+        return "the engine's log-probs are those of temperature 1"
+    if part("temperature") < SAME:
+        return "the engine's log-probs do not depend on the temperature"
+    if within > beyond:
+        return "the engine's decoding disagrees with its own prefill"
+    return "the engine's prefill disagrees with the trainer" if beyond >= within else ""
 
 
 def flip_rate(one: Routing, other: Routing) -> float:

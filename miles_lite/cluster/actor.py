@@ -6,22 +6,33 @@ Every wait has a deadline and, when it passes, names who did not answer and to w
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from miles_lite.cluster import roll
 from miles_lite.cluster.placement import Bundle
 from miles_lite.log import few
+from miles_lite.protocols import Engine, EngineError, EnginesLost, RemoteError
 
+T = TypeVar("T")
 
-class RemoteError(RuntimeError):
-    """A rank failed, died, or did not answer in time. The message names rank and operation."""
+SETTLE_S = 5.0  # after a failure, for what caused it to be known
+# what is left of a rank in the eyes of its neighbours: gloo's and NCCL's words
+_BROKEN = re.compile(
+    r"(?i)connection (closed|reset|refused)|timed out|timeout|remote process|broken pipe|"
+    r"socket|nccl (error|communicator)"
+)
+_DETAIL = re.compile(r"Worker exit detail: (.*?\.) Some common causes")
+_PID = re.compile(r"\bpid: (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,8 @@ class Remote:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(call.ref.future()), deadline_s)
         except TimeoutError:
-            raise _late([call], deadline_s) from None
+            # of one rank: nobody needs to be looked for
+            raise RemoteError(f"{_unanswered(method, deadline_s)} from: {self.name}") from None
         except ray.exceptions.RayError as error:
             raise _failed(call, error) from error
 
@@ -68,8 +80,8 @@ class Call:
 def gather(calls: Sequence[Call], deadline_s: float) -> list[Any]:
     """The results of calls made to many ranks, in order.
 
-    Raises RemoteError as soon as one fails (the first failure is the cause: others then hang in
-    collectives), or naming all that are missing when the deadline passes.
+    Raises RemoteError soon after one fails (others then hang in collectives), naming the cause; or
+    when the deadline passes, naming who did not arrive.
     """
     pending = {call.ref: call for call in calls}
     end = time.monotonic() + deadline_s
@@ -98,22 +110,67 @@ def waited_for() -> str:
 
 
 def _await(pending: dict[Any, Call], end: float, deadline_s: float) -> None:
+    called = [call.remote.name for call in pending.values()]
     while pending:
         left = end - time.monotonic()
         if left <= 0:
-            raise _late(list(pending.values()), deadline_s)
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=left)
-        for ref in ready:
-            call = pending.pop(ref)
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayError as error:
-                raise _failed(call, error) from error
+            raise _late(list(pending.values()), deadline_s, called)
+        if failures := _failures(pending, left):
+            settled = time.monotonic() + SETTLE_S
+            while pending and not any(map(_is_death, failures)) and time.monotonic() < settled:
+                failures += _failures(pending, settled - time.monotonic())
+            raise _cause(failures, called)
+
+
+def _failures(pending: dict[Any, Call], timeout_s: float) -> list[tuple[Call, Exception]]:
+    """Of those that end within that time; what ended well is no longer pending either."""
+    failures: list[tuple[Call, Exception]] = []
+    ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, timeout_s))
+    for ref in ready:
+        call = pending.pop(ref)
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
+            failures.append((call, error))
+    return failures
+
+
+def _is_death(failure: tuple[Call, Exception]) -> bool:
+    return isinstance(failure[1], ray.exceptions.RayActorError)
+
+
+def _cause(failures: Sequence[tuple[Call, Exception]], called: Sequence[str]) -> RemoteError:
+    """A process that died, whose neighbours tell first, but only of a connection; else the first
+    that has more to tell than that; else who made the others wait."""
+    told = [one for one in failures if _BROKEN.search(str(one[1])) is None]
+    call, error = next(filter(_is_death, failures), (told or failures)[0])
+    failed = _failed(call, error)
+    if told or _is_death((call, error)):
+        return failed
+    found = roll.call(called, f"no answer to {call.method!r}")
+    return RemoteError(f"{failed}; no answer from: {found.told}") if found.told else failed
 
 
 def call_all(remotes: Sequence[Remote], method: str, *args: Any, deadline_s: float) -> list[Any]:
     """The same call on every rank; results in rank order."""
     return gather([remote.start(method, *args) for remote in remotes], deadline_s)
+
+
+def ask_each(engines: Sequence[Engine], ask: Callable[[Engine], T]) -> list[T]:
+    """What each engine answers; they are asked at once. Raises EnginesLost of all that fail."""
+    if not engines:
+        return []
+    causes: dict[str, str] = {}
+    answers: list[T] = []
+    with ThreadPoolExecutor(len(engines)) as pool:
+        for engine, call in [(engine, pool.submit(ask, engine)) for engine in engines]:
+            try:
+                answers.append(call.result())
+            except (EngineError, RemoteError) as error:
+                causes[engine.name] = str(error)
+    if causes:
+        raise EnginesLost(causes)
+    return answers
 
 
 def spawn(
@@ -140,16 +197,35 @@ def spawn(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=bundle.group, placement_group_bundle_index=bundle.index
         ),
-        runtime_env={"env_vars": dict(env)},
+        runtime_env={"env_vars": {**env, **roll.environment(name)}},
     )
     return Remote(name, actor.remote(*args))
 
 
-def _late(calls: Sequence[Call], deadline_s: float) -> RemoteError:
-    names = ", ".join(call.remote.name for call in calls)
-    return RemoteError(f"no answer to {calls[0].method!r} within {deadline_s:g} s from: {names}")
+def _late(calls: Sequence[Call], deadline_s: float, called: Sequence[str]) -> RemoteError:
+    """called: with those that have answered. Takes some seconds, for the roll call."""
+    what = _unanswered(calls[0].method, deadline_s)
+    late = few([call.remote.name for call in calls])
+    return RemoteError(f"{what} from: {roll.call(called, what).told or late}")
+
+
+def _unanswered(method: str, deadline_s: float) -> str:
+    return f"no answer to {method!r} within {deadline_s:g} s"
 
 
 def _failed(call: Call, error: Exception) -> RemoteError:
+    name, method = call.remote.name, call.method
+    if isinstance(error, ray.exceptions.RayActorError):
+        return RemoteError(f"{name} died, asked for {method!r}: {_death(error)}")
     cause = getattr(error, "cause", None) or error
-    return RemoteError(f"{call.remote.name} failed in {call.method!r}: {cause}")
+    return RemoteError(f"{name} failed in {method!r}: {cause}")
+
+
+def _death(error: Exception) -> str:
+    """The sentence that matters of Ray's page."""
+    text = " ".join(str(error).split())
+    if (found := _DETAIL.search(text)) is None:
+        return text
+    pid = _PID.search(text)
+    where = f"process {pid.group(1)}: " if pid else ""
+    return f"{where}{found.group(1)} Killed, out of memory or crashed: see dmesg of its host"

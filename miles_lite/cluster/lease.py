@@ -25,9 +25,9 @@ class Lease:
         order = ["trainer", "rollout"]
         if phase is Phase.train or (self._phase, phase) == (Phase.generate, Phase.sync):
             order.reverse()
-        self._phase = phase
         for name in order:
             self._parties[name].enter(phase)
+        self._phase = phase  # not before: after a failure the same moves are due again
         self._held[f"perf/enter_{phase.value}_time"] = time.perf_counter() - begin
         for name, party in self._parties.items():
             for kind, num_bytes in party.held_bytes().items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,26 @@ import ray
 from ray._private import ray_constants
 from ray.util.placement_group import remove_placement_group
 
-from miles_lite.cluster import CPU_DEVICE
+from miles_lite.cluster import CPU_DEVICE, roll
 from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.cluster.token import TOKEN, token_env, write_token
+from miles_lite.cluster.watch import watched
 from miles_lite.config import ClusterConfig
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Iterator[list[Bundle]]:
+def open_session(
+    cluster: ClusterConfig,
+    num_devices: int,
+    device: str,
+    lost: Callable[[str], None] = log.error,
+) -> Iterator[list[Bundle]]:
     """Start or join Ray, reserve `num_devices` devices, give all back on leaving.
 
     A local Ray is sized for the run: on a CPU every rank gets a pretended device, however few cores
-    there are.
+    there are. lost: told, when a part of it dies, before this process ends; see `watched`.
     """
     if " " in sys.executable:
         raise ValueError(
@@ -40,19 +47,35 @@ def open_session(cluster: ClusterConfig, num_devices: int, device: str) -> Itera
     with contextlib.ExitStack() as stack:
         if local:
             stack.enter_context(_kept_to_ourselves())
+        _start(cluster, num_devices if local and device == "cpu" else 0)
+        stack.callback(ray.shutdown)
+        stack.enter_context(watched(lost))
+        bundles = reserve(num_devices, resource, cluster.start_timeout_s)
+        stack.callback(remove_placement_group, bundles[0].group)
+        stack.enter_context(roll.board(ray.util.get_node_ip_address()))
+        yield bundles
+
+
+def _start(cluster: ClusterConfig, num_pretended: int) -> None:
+    """num_pretended: devices of a CPU; 0 where Ray finds devices itself, or was started before."""
+    local = cluster.address == "local"
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
         ray.init(
             address=cluster.address,
-            resources={CPU_DEVICE: num_devices} if local and device == "cpu" else None,
+            resources={CPU_DEVICE: num_pretended} if num_pretended else None,
             num_cpus=max(os.cpu_count() or 1, 1) if local else None,
             include_dashboard=False if local else None,
             log_to_driver=True,
             logging_level=logging.WARNING,
             configure_logging=False,
         )
-        stack.callback(ray.shutdown)
-        bundles = reserve(num_devices, resource, cluster.start_timeout_s)
-        stack.callback(remove_placement_group, bundles[0].group)
-        yield bundles
+    except SystemExit:  # Ray's own answer to SIGTERM, which is better than the default only
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

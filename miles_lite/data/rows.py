@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
+from miles_lite.untrusted import numbered_lines, parse_object, short
+
 Row = Mapping[str, Any]
 
 _BATCH_ROWS = 1024  # of parquet, held at once while unpacking
@@ -96,7 +98,7 @@ class _JsonLines:
         self._name, self._file = file, file.open("rb")
         self._offsets, self._numbers = array("q"), array("q")
         digest, offset = hashlib.blake2b(digest_size=16), 0
-        for number, line in enumerate(self._file):
+        for number, (_, line) in enumerate(numbered_lines(self._file, file)):
             digest.update(line)
             if line.strip():  # a blank line, usually the last, is no row but counts as a line
                 self._offsets.append(offset)
@@ -110,12 +112,7 @@ class _JsonLines:
     def __getitem__(self, index: int) -> Row:
         self._file.seek(self._offsets[index])
         line = self._file.readline()
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # also of bytes that are no UTF-8
-            raise ValueError(f"{self.where(index)}: not JSON ({error}): {short(line)}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.where(index)}: {short(row)} is not a JSON object")
+        row = parse_object(line, self.where(index))
         if b"\\ud" in line.lower():
             _refuse_half_characters(row, self.where(index))
         return row
@@ -169,7 +166,10 @@ class _Parquet:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> Row:
-        return self._table.slice(index, 1).to_pylist()[0]
+        try:
+            return self._table.slice(index, 1).to_pylist()[0]
+        except (ValueError, OverflowError) as error:  # bytes that are no text, dates of no year
+            raise ValueError(f"{self.where(index)} cannot be read: {error}") from None
 
     def number(self, index: int) -> int:
         return index
@@ -214,7 +214,7 @@ def _from_folder(folder: Path, options: dict[str, str]) -> Any:
     datasets = _datasets(str(folder))
     try:
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever damaged files of it make it raise
         raise ValueError(f"{folder} was not saved by `datasets`' save_to_disk: {error}") from error
     if isinstance(data, datasets.Dataset):
         _check_options(str(folder), options, ())
@@ -241,9 +241,3 @@ def _datasets(name: str) -> Any:
     except ImportError:
         raise ValueError(f"reading {name} needs `datasets`: pip install datasets") from None
     return datasets
-
-
-def short(value: Any) -> str:
-    """A value for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

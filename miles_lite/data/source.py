@@ -8,20 +8,25 @@ import json
 import logging
 import math
 import re
+import signal
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from miles_lite.config import SourceConfig
-from miles_lite.data.rows import Row, Rows, open_rows, short
+from miles_lite.data.rows import Row, Rows, open_rows
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.types import Prompt
+from miles_lite.untrusted import parse_json, short
 
 logger = logging.getLogger(__name__)
 
 MEASURED = 5000  # rows up to which all prompts are tokenised at the start; beyond, a sample
 PROBES = 1000  # of that sample; also the prompts after which a share of long ones is believed
+PATTERN_S = 5.0  # for label_pattern on one label: some never end
 REWARD_KEYS = ("reward", "rm_type")  # in a row's metadata: which reward scores it
 
 
@@ -124,7 +129,8 @@ class Source:
         """Read all rows; tokenise all prompts or a sample. Raises ValueError."""
         told = time.monotonic()
         for index in range(len(self)):
-            self._fields(self._rows[index], self._rows.where(index))
+            with _time_limit(PATTERN_S if self._source.label_pattern else 0.0):
+                self._fields(self._rows[index], self._rows.where(index))
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 logger.info("%s: checked %d of %d rows", self.name, index + 1, len(self))
@@ -207,12 +213,20 @@ class Source:
     def _label(self, row: Row, where: str) -> str:
         key = self._source.label_key
         value = _value(row, key, where)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(value, str) and not (number and math.isfinite(value)):  # NaN: no value
+        is_real = isinstance(value, float) and math.isfinite(value)  # NaN: no value
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not (isinstance(value, str) or is_integer or is_real):
             raise ValueError(f"{where}: {key} = {short(value)} is neither a string nor a number")
         label = str(value)
         if self._source.label_pattern:
-            match = self._label_pattern.search(label)
+            try:
+                match = self._label_pattern.search(label)
+            except _TooSlow:
+                raise ValueError(
+                    f"{where}: label_pattern = {self._source.label_pattern!r} was still trying "
+                    f"{key} = {short(value)} after {PATTERN_S:g} s: what one of its repetitions "
+                    "matches, another within or next to it should not"
+                ) from None
             if match is None:
                 raise ValueError(
                     f"{where}: {key} = {short(value)} does not match label_pattern = "
@@ -235,6 +249,29 @@ class Source:
         return name
 
 
+class _TooSlow(Exception):
+    pass
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """_TooSlow after so long, 0 for never; in the main thread only, which alone can be told."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _value(row: Row, key: str, where: str) -> Any:
     """Of a key, or of a path of keys with dots."""
     if key in row:
@@ -250,10 +287,7 @@ def _value(row: Row, key: str, where: str) -> Any:
 def _metadata(row: Row, where: str) -> Mapping[str, Any]:
     value = row.get("metadata") or {}
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{where}: metadata is not JSON ({error}): {short(value)}") from None
+        value = parse_json(value, f"{where}: metadata")
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: metadata = {short(value)} is not an object")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ class ChatTokenizer:
             backend = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged files of it raise all kinds
             raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
         if not backend.chat_template:
             raise ValueError(
@@ -72,6 +73,15 @@ class ChatTokenizer:
             add_generation_prompt=True,
             **template_kwargs,
         )
+
+    def least_tokens(self, text: str) -> int:
+        """A text of this length has no fewer: it costs nothing to say so."""
+        return -(-len(text) // self._longest)
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token. One of bytes is spelt with a letter for each."""
+        return max(map(len, self._backend.get_vocab()))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokens of `text` alone; special tokens are read where the text spells them."""

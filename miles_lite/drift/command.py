@@ -21,12 +21,13 @@ from miles_lite.config import Config
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.drift.causes import ROUNDING, Cause, Evidence, attribute, gap
 from miles_lite.drift.examine import Sides, control, examine
+from miles_lite.log import say
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims, ParallelDims
 from miles_lite.protocols import Phase
+from miles_lite.records import SampleRecord, read_samples
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.rank import EngineRank
-from miles_lite.run import SampleRecord, read_samples
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.trainer.megatron.worker import MegatronWorker
 from miles_lite.types import Sampling
@@ -48,7 +49,7 @@ def run(words: Sequence[str]) -> None:
     folder = found.folder.parent.parent
     told = look(found, folder)
     (folder / "drift.json").write_text(json.dumps(told, indent=2) + "\n")
-    print("\n".join(lines(told)))
+    say("\n".join(lines(told)))
 
 
 def look(found: Checkpoint, folder: Path) -> dict[str, Any]:

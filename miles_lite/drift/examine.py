@@ -55,7 +55,7 @@ def examine(sides: Sides, prompt: Sequence[int], sampling: Sampling) -> Evidence
     finally:
         engine.model.watch = None
     logits = seen.pop(engine.config.num_layers)
-    answer = _sequence(prompt, prefilled)
+    answer = as_sequence(prompt, prefilled)
     # the same tokens backwards: another document, whatever the answer is
     other = replace(answer, tokens=answer.tokens[::-1], sample=1)
     replayed, layers, flips = worker.look_inside(MicroBatch((answer,), (1.0,)))
@@ -87,7 +87,7 @@ def examine(sides: Sides, prompt: Sequence[int], sampling: Sampling) -> Evidence
 def control(sides: Sides, prompt: Sequence[int], answer: Completion) -> tuple[int, float]:
     """One update of a worker whose learning rate is 0: tensors that moved, and the largest change
     of the answer's log-probs. Anything but (0, 0) is a fault of the trainer."""
-    worker, sequence = sides.worker, _sequence(prompt, answer)
+    worker, sequence = sides.worker, as_sequence(prompt, answer)
     before = {name: x.clone() for name, x in _whole(worker.hosted(), worker.tensor).items()}
     scores = _scores(worker, sequence)
     worker.step([[MicroBatch((replace(sequence, advantage=1.0),), (1.0,))]])
@@ -128,7 +128,7 @@ def _whole(hosted: Sequence[Hosted], tensor: Callable[[str], Tensor]) -> dict[st
     return whole
 
 
-def _sequence(prompt: Sequence[int], answer: Completion) -> TrainSequence:
+def as_sequence(prompt: Sequence[int], answer: Completion) -> TrainSequence:
     return TrainSequence(
         tokens=(*prompt, *answer.tokens),
         prompt_len=len(prompt),

@@ -18,6 +18,7 @@ from miles_lite.cluster.network import interface_env, is_loopback
 from miles_lite.cluster.token import TOKEN, token_env
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError
+from miles_lite.launch.wire import SILENCE_S
 
 GRACE_S = 20.0  # between asking a process to end and killing it
 RAY_START_S = 180.0  # until Ray of one host is up
@@ -82,6 +83,8 @@ def environment(address: str, token: Path) -> dict[str, str]:
         env.pop(name, None)
     if is_loopback(address):  # then Ray, too, stays there, as cluster.session explains
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # how long Ray looks for a head (GCS) that it lost; a minute by default
+    env.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(SILENCE_S)))
     return env | token_env(token)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from miles_lite.launch import worker
 from miles_lite.launch.head import Head, Settings
 from miles_lite.launch.ports import DEFAULT_BASE, Ports
+from miles_lite.supervise import DEFAULT_RESTARTS
 
 WAIT_S = 900.0
 
@@ -29,6 +30,13 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--wait", type=float, default=WAIT_S, help="seconds for the other side")
     parser.add_argument("--own", default="", metavar="IP", help="which of a worker's addresses")
     parser.add_argument("--public", action="store_true", help="the head's may be of the internet")
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=DEFAULT_RESTARTS,
+        metavar="N",
+        help="of a driver that ends by accident while all hosts are there, at most so many",
+    )
     options = parser.parse_intermixed_args(words)
     settings = Settings(
         address=options.address,
@@ -37,6 +45,7 @@ def run(words: Sequence[str]) -> int:
         num_hosts=options.nodes,
         hosts=tuple(options.hosts.replace(",", " ").split()),
         is_public=options.public,
+        restarts=options.restarts,
     )
     try:
         if options.role == "head":

@@ -9,7 +9,6 @@ killed at once. SIGINT and SIGTERM are handed on. Leaves with the command's stat
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,14 +19,11 @@ from functools import partial
 
 import psutil
 
-from miles_lite.orphan import die_with
-
-_SET_CHILD_SUBREAPER = 36
+from miles_lite.orphan import adopt_orphans, die_with
 
 
 def main(command: list[str]) -> int:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, preexec_fn=partial(die_with, os.getpid())
     )

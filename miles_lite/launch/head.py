@@ -7,8 +7,6 @@ import hashlib
 import json
 import math
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +17,6 @@ from miles_lite.config import Config, ConfigError
 from miles_lite.launch.child import (
     GRACE_S,
     RAY_START_S,
-    Child,
     RayNode,
     environment,
     resources,
@@ -28,7 +25,9 @@ from miles_lite.launch.facts import Facts
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError, exposed, head_problems, require
 from miles_lite.launch.roster import Roster, Wanted
+from miles_lite.log import say
 from miles_lite.planner.hardware import Hardware
+from miles_lite.supervise import DEFAULT_RESTARTS, Foreground, supervise
 
 SET_HERE = ("cluster.address", "cluster.device")  # by us, not by an override
 
@@ -43,6 +42,7 @@ class Settings:
     num_hosts: int = 0  # 0: as many as the layout needs
     hosts: tuple[str, ...] = ()  # their addresses, where they are known beforehand
     is_public: bool = False  # the address may be one of the internet
+    restarts: int = DEFAULT_RESTARTS  # of the driver, while all hosts are there
 
 
 class Head:
@@ -65,8 +65,6 @@ class Head:
         self._folder = (cfg.log.folder / name).absolute()
         self._token = self._folder / ".ray-token"  # who can read it belongs to this run
         self._model = cfg.model.path.absolute()
-        self._child: Child | None = None  # that a signal is for
-        self._signals = 0
 
     async def run(self) -> int:
         """The status of the run. Raises LaunchError, and CancelledError when a signal ended it
@@ -75,11 +73,11 @@ class Head:
         problems = head_problems(settings.address, self._num_hosts, settings.ports)
         problems += exposed(settings.address, settings.is_public)
         require(problems + self._own.too_few(self._num_gpus))
-        self._heed_signals()
+        self._driver = Foreground(environment(settings.address, self._token))
         print(f"{self._num_hosts} hosts of {self._num_devices} devices; ports:")
         print("\n".join(settings.ports.lines(settings.address)), flush=True)
         for command in ("plan", "check"):
-            if code := await self._step(command, self._words):
+            if code := await self._driver.run(command, self._words):
                 raise LaunchError(f"miles-lite {command} failed with status {code}, see above")
         self._folder.mkdir(parents=True, exist_ok=True)
         with claim(self._folder, ".head.lock"):
@@ -122,34 +120,33 @@ class Head:
         """Status of the driver, and why the run ended. A host that is lost ends it."""
         words = [*self._words, f"cluster.address={self._gcs}", f"cluster.device={self._device}"]
         ours = asyncio.create_task(ray.child.wait())
-        driving = asyncio.create_task(self._step("train", words))
+        driving = asyncio.create_task(
+            supervise(
+                self._folder,
+                lambda: self._driver.run("train", words),
+                self._settings.restarts,
+                lambda: self._driver.asked or ours.done() or roster.lost.done(),
+            )
+        )
         try:
             await asyncio.wait({driving, ours, roster.lost}, return_when="FIRST_COMPLETED")
             lost = roster.lost.result() if roster.lost.done() else ""
             if ours.done() and not lost:
                 lost = f"Ray ended on the head: {ray.last_words()}"
             if lost and not driving.done():
-                print(f"launch: {lost}; ending the run", flush=True)
-                # the driver knows which rank it misses, and says so if it is let
-                await asyncio.wait({driving}, timeout=GRACE_S)
-            if not driving.done() and self._child is not None:
-                await self._child.stop()
+                say(f"launch: {lost}; ending the run")
+                # the driver knows which rank it misses, and says so if it is let; without Ray here
+                # it can do nothing
+                grace_s = 0.0 if ours.done() else GRACE_S
+                await asyncio.wait({driving}, timeout=grace_s)
+                await self._driver.stop(grace_s)
             code = await driving
         finally:
             ours.cancel()
+            driving.cancel()
         if code == 0:
             return 0, "it has finished"
         return code, lost or f"the driver ended with status {code}"
-
-    async def _step(self, command: str, words: Sequence[str]) -> int:
-        argv = [sys.executable, "-m", "miles_lite.cli", command, *words]
-        env = environment(self._settings.address, self._token)
-        self._child = await Child.start(command, argv, env)
-        try:
-            return await self._child.wait()
-        finally:
-            await self._child.stop()
-            self._child = None
 
     # ------------------------------------------------------------------ what is told and heard
 
@@ -171,20 +168,6 @@ class Head:
             "paths": [str(self._model)],
             "folder": os.getcwd(),
         }
-
-    def _heed_signals(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signum, self._heed, signum, task)
-
-    def _heed(self, signum: int, task: asyncio.Task[int]) -> None:
-        """The driver ends the step first, at a second signal at once, at a third it is killed."""
-        self._signals += 1
-        if self._child is not None and self._child.name == "train":
-            self._child.signal(signum) if self._signals < 3 else self._child.kill()
-        elif self._signals == 1:
-            task.cancel()
 
 
 def _shares(cfg: Config, settings: Settings) -> tuple[int, int]:

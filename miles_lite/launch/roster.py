@@ -14,6 +14,7 @@ from miles_lite.console import seconds
 from miles_lite.launch.facts import Facts, differences
 from miles_lite.launch.preflight import LaunchError
 from miles_lite.launch.wire import Lost, Wire
+from miles_lite.log import printable
 
 NOTE_S = 30.0  # between two lines about a wait, without a terminal
 
@@ -185,7 +186,7 @@ class _LiveLine:
     def show(self, title: str, clock: str, text: str) -> None:
         if self._live:
             line = f"{title}, {clock}; {text}"[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\033[K{line}", end="", flush=True)
+            print(f"\r\033[K{printable(line)}", end="", flush=True)
         elif text != self._text or time.monotonic() >= self._next:
             _say(f"{title}, {clock}; {text}")
             self._text, self._next = text, time.monotonic() + NOTE_S
@@ -197,4 +198,4 @@ class _LiveLine:
 
 def _say(line: str) -> None:
     start = "\r\033[K" if sys.stdout.isatty() else ""
-    print(f"{start}launch: {line}", flush=True)
+    print(f"{start}launch: {printable(line)}", flush=True)

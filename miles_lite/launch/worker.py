@@ -25,6 +25,7 @@ from miles_lite.launch.preflight import (
     worker_problems,
 )
 from miles_lite.launch.wire import SILENCE_S, Lost, Wire
+from miles_lite.log import say
 
 RETRY_S = 1.0
 VISIBLE_S = 15.0  # network file systems show a new file that late
@@ -104,7 +105,7 @@ class _Visit:
                 elif kind == "go":
                     await self._join(values)
                 elif kind == "end":
-                    print(f"launch: the run ended: {values['why']}", flush=True)
+                    say(f"launch: the run ended: {values['why']}")
                     self._grace_s, self._failed = GRACE_S, values["code"] != 0
                     return int(values["code"])
         finally:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from miles_lite.untrusted import parse_object
+
+MAX_SIZE = 1 << 24  # of anything that is counted; the vocabulary of any model is far below
 LAYER_KINDS = {"M": "Mamba-2", "E": "mixture of experts", "*": "attention", "-": "dense MLP"}
 
 # transformers, NVIDIA and older checkpoints spell the same layer list in three ways
@@ -82,7 +86,7 @@ class NemotronH:
             return cls.from_hf(raw)
         except KeyError as error:
             raise ValueError(f"{path} does not say {error.args[0]}") from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
@@ -107,7 +111,7 @@ class NemotronH:
             norm_eps=raw.get("layer_norm_epsilon", raw.get("norm_eps", 1e-5)),
             num_heads=raw["num_attention_heads"],
             num_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // (raw["num_attention_heads"] or 1),
             mamba_num_heads=raw["mamba_num_heads"],
             mamba_head_dim=raw["mamba_head_dim"],
             ssm_state_size=raw["ssm_state_size"],
@@ -124,12 +128,42 @@ class NemotronH:
             norm_topk_prob=raw.get("norm_topk_prob", True),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
+        _refuse_sizes(model)
         if raw.get("num_hidden_layers", model.num_layers) != model.num_layers:
             raise ValueError(
                 f"num_hidden_layers = {raw['num_hidden_layers']} but the layer pattern "
                 f"{pattern!r} has {model.num_layers} layers"
             )
         return model
+
+
+# Fields that are 0 where a model has no such layers.
+_OF_LAYERS = {
+    "dense_ffn_size": "-",
+    "num_experts": "E",
+    "top_k": "E",
+    "expert_ffn_size": "E",
+    "shared_ffn_size": "E",
+}
+
+
+def _refuse_sizes(model: NemotronH) -> None:
+    """Numbers that no model has, before anything is allocated by them."""
+    for field in fields(model):
+        name, value = field.name, getattr(model, field.name)
+        if field.type == "int":
+            low = int(name != "latent_size" and _OF_LAYERS.get(name, "M") in model.pattern + "M")
+            if type(value) is not int or not low <= value <= MAX_SIZE:
+                raise ValueError(f"{name} = {value!r}: wanted {low} to {MAX_SIZE:,}")
+        elif field.type == "float" and not (
+            isinstance(value, float | int) and math.isfinite(value) and value > 0
+        ):
+            raise ValueError(f"{name} = {value!r}: wanted a number above 0")
+        elif field.type == "bool" and type(value) is not bool:
+            raise ValueError(f"{name} = {value!r}: wanted true or false")
+    for token in model.eos_token_ids:
+        if type(token) is not int or not 0 <= token < model.vocab_size:
+            raise ValueError(f"eos_token_id {token!r} is none of {model.vocab_size} tokens")
 
 
 def spell_pattern(path: Path) -> None:
@@ -148,21 +182,17 @@ def spell_pattern(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return raw
+    return parse_object(path.read_bytes(), str(path))
 
 
 def context_length(folder: Path) -> int:
     """Tokens of prompt and answer together that the model was made for."""
-    raw = _read_json(folder / "config.json")
-    if "max_position_embeddings" not in raw:
-        raise ValueError(f"{folder / 'config.json'} does not say max_position_embeddings")
-    return int(raw["max_position_embeddings"])
+    longest = _read_json(folder / "config.json").get("max_position_embeddings")
+    if type(longest) is not int or longest < 1:
+        raise ValueError(
+            f"{folder / 'config.json'} does not say max_position_embeddings, but {longest!r}"
+        )
+    return longest
 
 
 def _pattern(raw: dict[str, Any], string_key: str, list_key: str) -> str:

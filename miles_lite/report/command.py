@@ -8,6 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from miles_lite.log import say
 from miles_lite.report.page import render
 from miles_lite.report.runs import read_runs
 
@@ -26,7 +27,7 @@ def run(words: Sequence[str]) -> None:
     part = out.with_name(f".{out.name}.part")
     part.write_text(page.html, encoding="utf-8")
     os.replace(part, out)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB. {page.samples.told}")
+    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB. {page.samples.told}")
     if page.stride > 1:
         print(f"Curves show every {page.stride}th step, to keep the file small.")
     if options.open and not webbrowser.open(out.resolve().as_uri()):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from miles_lite.alarms import Alarm, Limits, timeline
 from miles_lite.claim import flat
@@ -17,7 +14,7 @@ from miles_lite.config import Config
 from miles_lite.planner.plan import planned_step, read_model
 from miles_lite.planner.time import PhaseTime
 from miles_lite.protocols import Metrics
-from miles_lite.run import read_metrics
+from miles_lite.records import read_mapping, read_metrics
 from miles_lite.summary import Summary, summarize
 
 # what a reader may share the report with needs no account names: no host, folder or command line
@@ -61,8 +58,8 @@ def _read_run(folder: Path, name: str) -> RunData:
             "log.folder, and `miles-lite train` says where when it ends"
         )
     metrics = read_metrics(folder)
-    raw = _mapping(folder / "config.yaml")
-    environment = _mapping(folder / "environment.json")
+    raw = read_mapping(folder / "config.yaml")
+    environment = read_mapping(folder / "environment.json")
     cfg, why = _config(raw)
     phases, not_planned = _phases(cfg) if cfg else ({}, why)
     return RunData(
@@ -70,28 +67,14 @@ def _read_run(folder: Path, name: str) -> RunData:
         folder=folder,
         metrics=metrics,
         summary=summarize(folder, metrics),
-        outcome=_outcome(_mapping(folder / "summary.json")),
+        outcome=_outcome(read_mapping(folder / "summary.json")),
         config=flat(raw),
         environment=flat({key: environment[key] for key in _ENVIRONMENT if environment.get(key)}),
         alarms=timeline(metrics, Limits.of(cfg)) if cfg else [],
         phases=phases,
         not_planned=not_planned,
-        drift=_mapping(folder / "drift.json"),
+        drift=read_mapping(folder / "drift.json"),
     )
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """Of a YAML or JSON file; empty without one."""
-    if not path.is_file():
-        return {}
-    read = json.loads if path.suffix == ".json" else yaml.safe_load  # YAML knows no 1e-06
-    try:
-        value = read(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} and not a mapping")
-    return value
 
 
 def _outcome(summary: Mapping[str, Any]) -> str:

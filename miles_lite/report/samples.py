@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.data.tokenizer import ChatTokenizer
+from miles_lite.records import SampleRecord, read_samples
 from miles_lite.report.runs import RunData
-from miles_lite.run import SampleRecord, read_samples
 
 READ_BYTES = 64 << 20  # of sample files, compressed, over all runs of a report
 FILE_TOKENS = 400_000  # of one file, which are some 4 MB of it

@@ -12,6 +12,7 @@ from miles_lite.alarms import Alarm
 from miles_lite.protocols import Metrics
 from miles_lite.report.names import memory_parts, number, percent, seconds, size, words
 from miles_lite.report.runs import RunData
+from miles_lite.summary import Summary
 
 Cell = str | Mapping[str, object]  # {"text": ..., "share": of a bar's length}
 
@@ -52,6 +53,7 @@ def overview(runs: Sequence[RunData]) -> Table:
     rows = [
         row("How it ended", lambda run: run.outcome),
         row("Steps trained", of("num_steps")),
+        row("Restarts", lambda run: _restarts(run.summary)),
         row("Reward, first step → mean of the last five", from_to("reward_first", "reward_last")),
         row("Held-out reward, before → after", from_to("eval_before", "eval_after")),
         row("Drift at most, nats a token", of("drift_max")),
@@ -63,6 +65,10 @@ def overview(runs: Sequence[RunData]) -> Table:
         row("Devices", _devices),
     ]
     return Table("Runs", ["What", *(run.name for run in runs)], rows)
+
+
+def _restarts(summary: Summary) -> str:
+    return f"{summary['restarts']}: {summary['restart_causes']}" if "restarts" in summary else "0"
 
 
 def _devices(run: RunData) -> str:

@@ -12,12 +12,23 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from miles_lite.algo.routing import RouterSizes, choices
+from miles_lite.cluster.actor import ask_each
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.log import few
-from miles_lite.protocols import Engine, Metrics, Phase, PromptStream, RolloutResult
+from miles_lite.protocols import (
+    Engine,
+    EngineError,
+    Metrics,
+    Phase,
+    PromptStream,
+    Rescored,
+    RolloutResult,
+)
+from miles_lite.rollout.answer import answer_fault
+from miles_lite.rollout.dispatch import Dispatch, Revive
 from miles_lite.rollout.dynamic import fill
 from miles_lite.rollout.rewards import RewardWorkers
-from miles_lite.types import Completion, Finish, Group, Prompt, Request, Sample, Sampling, Verdict
+from miles_lite.types import Completion, Group, Prompt, Request, Sample, Sampling, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +40,13 @@ T = TypeVar("T")
 
 
 class RolloutError(RuntimeError):
-    """Samples are missing, late, or not of the policy's version."""
+    """Samples are missing at the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
     sampling: Sampling  # its seed is the run's: each sample's own follows from it
+    vocab_size: int  # of the model: what a token may be
     routers: RouterSizes  # what the routing of an answer must look like, where it is wanted
     num_prompts: int  # a step
     samples_per_prompt: int
@@ -53,7 +65,7 @@ class _Draw:
     purpose: str  # mixed into the seeds, so that two uses of one prompt draw different samples
     resample: bool
     times_asked: Counter[str]  # by prompt: the second time, other seeds
-    unfinished: Counter[str]  # samples by engine
+    dispatch: Dispatch
     num_resampled: int = 0
 
 
@@ -73,6 +85,7 @@ class RolloutManager:
     ) -> None:
         self.engines = engines
         self.version = -1
+        self.revive: Revive | None = None
         self.num_finished = 0  # samples of the running call
         self._longest = 0  # tokens of an answer of it
         self._draw: _Draw | None = None  # the running call
@@ -84,7 +97,8 @@ class RolloutManager:
 
     def generate(self, prompts: PromptStream) -> RolloutResult:
         """See protocols.Rollout. Raises RolloutError after the deadline, naming the engines that
-        owe samples; NothingToKeep if dynamic sampling finds no group to keep."""
+        owe samples; EngineError when one is lost for good; NothingToKeep if dynamic sampling finds
+        no group to keep."""
         begin = time.perf_counter()
         settings = self._settings
         draw = self._new_draw(
@@ -131,17 +145,27 @@ class RolloutManager:
 
         return self._run(all_of_them(), draw)
 
-    def rescore(self, samples: Sequence[Sample]) -> Sequence[Completion] | None:
+    def rescore(self, samples: Sequence[Sample]) -> Rescored:
         """See protocols.Rollout. The samples are spread over the engines."""
-        temperature = self._settings.sampling.temperature
-        if not samples or not all(engine.can_score(temperature) for engine in self.engines):
-            return None
-        draw = self._new_draw(self._settings.sampling, 1, "", resample=False)
+        policy = self._settings.sampling
+        untempered = replace(policy, temperature=1.0)
+        truncated = replace(policy, truncated=True)
+        return Rescored(
+            policy=self._score(samples, policy),
+            untempered=self._score(samples, untempered) if untempered != policy else (),
+            truncated=self._score(samples, truncated) if policy.truncates else (),
+        )
+
+    def _score(self, samples: Sequence[Sample], sampling: Sampling) -> Sequence[Completion]:
+        """Nothing where an engine cannot tell."""
+        if not samples or not all(engine.can_score(sampling) for engine in self.engines):
+            return ()
+        draw = self._new_draw(sampling, 1, "", resample=False)
 
         async def one(sample: Sample) -> Completion:
             answer = sample.completion.tokens[:MAX_RESCORED]
-            sampling = replace(draw.sampling, max_new_tokens=len(answer))
-            return await self._complete(sample.prompt, sampling, draw, answer)
+            scoring = replace(sampling, max_new_tokens=len(answer))
+            return await self._complete(sample.prompt, scoring, draw, answer)
 
         async def all_of_them() -> list[Completion]:
             return await asyncio.gather(*map(one, samples))
@@ -152,15 +176,17 @@ class RolloutManager:
         self, sampling: Sampling, num_samples: int, purpose: str, resample: bool
     ) -> _Draw:
         self.num_finished = self._longest = 0
-        self._draw = _Draw(sampling, num_samples, purpose, resample, Counter(), Counter())
+        dispatch = Dispatch(self.engines, self._check, self.revive)
+        self._draw = _Draw(sampling, num_samples, purpose, resample, Counter(), dispatch)
         return self._draw
 
     def progress(self) -> str:
         """See protocols.Rollout."""
         if (draw := self._draw) is None:
             return ""
-        owing = [f"{name} ({n})" for name, n in tuple(draw.unfinished.items()) if n]
-        wanted = self.num_finished + draw.unfinished.total()
+        unfinished = dict(draw.dispatch.unfinished)
+        owing = [f"{name} ({n})" for name, n in unfinished.items() if n]
+        wanted = self.num_finished + sum(unfinished.values())
         said = f"{self.num_finished}/{wanted} answers, longest {self._longest:,} tokens"
         return f"{said}, waiting for {few(owing)}" if owing else said
 
@@ -169,10 +195,13 @@ class RolloutManager:
 
         async def bounded() -> T:
             try:
-                return await asyncio.wait_for(work, self._settings.timeout_s)
+                async with asyncio.timeout(self._settings.timeout_s) as limit:
+                    watch = asyncio.ensure_future(draw.dispatch.watch(limit))
+                    return await work
             except TimeoutError:
                 raise self._late(draw) from None
             finally:
+                watch.cancel()
                 await self._release(draw)
                 self._draw = None
 
@@ -181,7 +210,7 @@ class RolloutManager:
     async def _release(self, draw: _Draw) -> None:
         """Cancelled requests still run in the engines: end them. What goes wrong here is told but
         must not hide why we are here; an engine that is still busy refuses its next phase."""
-        busy = [engine for engine in self.engines if draw.unfinished[engine.name]]
+        busy = draw.dispatch.owing
         aborts = [asyncio.wait_for(engine.abort(), ABORT_S) for engine in busy]
         outcomes = await asyncio.gather(*aborts, return_exceptions=True)
         for engine, outcome in zip(busy, outcomes, strict=True):
@@ -189,12 +218,14 @@ class RolloutManager:
                 log.warning(
                     "%s did not end its requests in %g s: %r", engine.name, ABORT_S, outcome
                 )
+        await draw.dispatch.close()
 
     def _late(self, draw: _Draw) -> RolloutError:
-        missing = ", ".join(f"{n} on {name}" for name, n in draw.unfinished.items() if n)
+        unfinished = draw.dispatch.unfinished
+        missing = ", ".join(f"{n} on {name}" for name, n in unfinished.items() if n)
         return RolloutError(
-            f"generate: {draw.unfinished.total()} of "
-            f"{draw.unfinished.total() + self.num_finished} samples are missing after "
+            f"generate: {unfinished.total()} of "
+            f"{unfinished.total() + self.num_finished} samples are missing after "
             f"{self._settings.timeout_s:g} s (rollout.timeout_s): {missing or 'none of an engine'}"
         )
 
@@ -246,53 +277,39 @@ class RolloutManager:
     async def _complete(
         self, prompt: Prompt, sampling: Sampling, draw: _Draw, scored: tuple[int, ...] = ()
     ) -> Completion:
-        # least load first; requests of one turn are all assigned before any is done
-        engine = min(self.engines, key=lambda e: draw.unfinished[e.name])
-        draw.unfinished[engine.name] += 1
         self._next_uid += 1
-        completion = await engine.generate(Request(self._next_uid, prompt.tokens, sampling, scored))
-        draw.unfinished[engine.name] -= 1
+        request = Request(self._next_uid, prompt.tokens, sampling, scored)
+        completion = await draw.dispatch.complete(request)
         self._longest = max(self._longest, len(completion.tokens))
-        self._check(engine, prompt, completion, sampling.wants_routing)
         return completion
 
-    def _check(
-        self, engine: Engine, prompt: Prompt, completion: Completion, wants_routing: bool
-    ) -> None:
-        """A sample of stale weights or of none would be trained on as if it were the policy's."""
-        if completion.version != self.version:
-            raise RolloutError(
-                f"{engine.name} answered prompt {prompt.uid} with weights of version "
-                f"{completion.version}; the policy is at version {self.version}"
-            )
-        if completion.finish is Finish.abort:
-            raise RolloutError(f"{engine.name} aborted prompt {prompt.uid}, which nobody asked for")
-        if wants_routing:
-            self._check_routing(engine, prompt, completion)
-
-    def _check_routing(self, engine: Engine, prompt: Prompt, completion: Completion) -> None:
-        """The shape of every one; the choices of an engine's first, as the trainer reads all."""
-        routers, routing = self._settings.routers, completion.routing
-        fault = routers.shape_fault(routing, len(prompt.tokens) + len(completion.tokens))
-        if not fault and engine.name not in self._routing_seen:
-            fault = routers.choice_fault(choices(routing))
-            self._routing_seen.add(engine.name)
+    def _check(self, engine: Engine, request: Request, completion: Completion) -> None:
+        """What is stale or broken would be trained on as if it were the policy's. The routing: the
+        shape of every one; the choices of an engine's first, as the trainer reads all."""
+        fault = answer_fault(request, completion, self.version, self._settings.vocab_size)
+        if not fault and request.sampling.wants_routing:
+            routers, routing = self._settings.routers, completion.routing
+            fault = routers.shape_fault(routing, len(request.tokens) + len(completion.tokens))
+            if not fault and engine.name not in self._routing_seen:
+                fault = routers.choice_fault(choices(routing))
+                self._routing_seen.add(engine.name)
+            if fault:
+                fault = (
+                    f"has a routing that cannot be replayed: {fault}; algo.routing_replay=false "
+                    "does without"
+                )
         if fault:
-            raise RolloutError(
-                f"{engine.name} answered prompt {prompt.uid} with a routing that cannot be "
-                f"replayed: {fault}; algo.routing_replay=false does without"
-            )
+            raise EngineError(f"{engine.name}: its answer to request {request.uid} {fault}")
 
     # ------------------------------------------------------------------ memory
 
     def enter(self, phase: Phase) -> None:
-        for engine in self.engines:
-            engine.enter(phase)
+        ask_each(self.engines, lambda engine: engine.enter(phase))
 
     def held_bytes(self) -> Mapping[str, int]:
         total: Counter[str] = Counter()
-        for engine in self.engines:
-            total.update(engine.held_bytes())
+        for held in ask_each(self.engines, lambda engine: engine.held_bytes()):
+            total.update(held)
         return total
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ from miles_lite.types import Verdict
 log = logging.getLogger(__name__)
 
 START_S = 120.0  # for the zygote to import the reward files
-FORK_S = 30.0  # for the zygote to fork
+FORK_S = 10.0  # for the zygote to fork
+MAX_PIECES, PIECE_S = 16, 10.0  # of a line on a pipe, and between two of them
 _MAX_ABOUT = 1 << 16  # bytes of what the zygote says of its functions
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -63,6 +64,7 @@ class Zygote:
         self._settings = settings
         self._lock = threading.Lock()  # one thread at a time talks through _control
         self._closed = False
+        self._process: subprocess.Popen[bytes]
         self.about: About
         self._start()
 
@@ -76,6 +78,7 @@ class Zygote:
                     if self._closed:
                         raise
                     self._control.close()
+                    self._process.kill()  # it may be stuck or stopped
                     self._start()
                     return self._fork()
             except (OSError, EOFError, ValueError) as error:
@@ -124,13 +127,13 @@ class Zygote:
         def keep() -> None:
             """The kernel kills the zygote when the thread that started it ends: after it, here."""
             with theirs:
-                process = subprocess.Popen(
+                self._process = subprocess.Popen(
                     command,
                     stdin=theirs.fileno(),
                     env=env,
                     start_new_session=True,  # Ctrl-C is the driver's
                 )
-            process.wait()
+            self._process.wait()
 
         threading.Thread(target=keep, daemon=True, name="reward-zygote").start()
         ours.settimeout(START_S)
@@ -231,25 +234,33 @@ class Worker:
             pass
 
     def _read(self) -> tuple[list[list[Verdict]], bool]:
-        """What it says, in whole lines, and whether it asks to go on. Raises Lost."""
-        data = os.read(self._answers, 1 << 16)
-        lines, newline, self._unread = (self._unread + data).rpartition(b"\n")
+        """What it says, in whole lines, and whether it asks to go on. Raises Lost, also where it
+        talks on and on without saying anything."""
+        newline = b""
+        for _ in range(MAX_PIECES):
+            data = os.read(self._answers, 1 << 16)
+            lines, newline, self._unread = (self._unread + data).rpartition(b"\n")
+            if newline or not data or not _wait(self._answers, select.POLLIN, PIECE_S):
+                break
         try:
-            if not data:
+            if not newline:
                 raise EOFError
-            answers = json.loads(b"[" + lines.replace(b"\n", b",") + b"]") if newline else []
+            answers = json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
             verdicts = [[Verdict(*result) for result in results] for results, _ in answers]
-            return verdicts, bool(answers) and answers[-1][1]
-        except (EOFError, ValueError, TypeError) as error:  # or what it says means nothing
+            return verdicts, answers[-1][1]
+        except (EOFError, ValueError, TypeError, RecursionError) as error:  # it means nothing
             raise Lost("crash") from error
 
     def _cpu(self) -> tuple[float, bool]:
-        """Seconds it has computed, and whether it has, or would use, a core just now."""
+        """Seconds it has computed, and whether it has, or would use, a core just now. Raises Lost
+        if it is dead, while something that it started holds its pipes."""
         try:
             with open(f"/proc/{self.pid}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
-        except FileNotFoundError:
-            return 0.0, False
+        except (FileNotFoundError, ProcessLookupError) as error:  # gone before or after the opening
+            raise Lost("crash") from error
+        if fields[0] in "ZX":
+            raise Lost("crash")
         return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S, fields[0] == "R"
 
 

@@ -10,6 +10,7 @@ zygote, which ends with the parent. It grades in its main thread, so a library m
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import gc
@@ -32,7 +33,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from miles_lite.orphan import die_with
+from miles_lite.log import SafeStream, printable, say
+from miles_lite.orphan import adopt_orphans, die_with
 from miles_lite.rollout.reward_limits import limit_cpu, limit_memory, refuse_network
 
 MAX_REASON_LEN = 200
@@ -183,10 +185,8 @@ def _tell_once(reward: Callable[..., Any], error: Exception) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     name = getattr(getattr(reward, "func", reward), "__name__", "reward")
-    message = str(error)[:MAX_REASON_LEN].encode("ascii", "backslashreplace").decode()
-    print(
-        f"reward {name}: {type(error).__name__}: {message} ({where})", file=sys.stderr, flush=True
-    )
+    message = printable(str(error)[:MAX_REASON_LEN])
+    say(f"reward {name}: {type(error).__name__}: {message} ({where})", sys.stderr)
 
 
 def main(settings: str) -> None:
@@ -210,7 +210,8 @@ def main(settings: str) -> None:
     kept_off = "" if asks else refuse_network()
     control.send(json.dumps([os.getpid(), about, kept_off]).encode())
     gc.freeze()  # workers share its pages for good
-    forked: set[int] = set()
+    adopt_orphans()
+    forked, own = set[int](), _children()
     while message := socket.recv_fds(control, 64, 2):
         word, pipes, *_ = message
         if not word:
@@ -219,8 +220,10 @@ def main(settings: str) -> None:
             control.send(b"%d" % _fork(control, pipes, rewards, forked, asked))
         else:
             _kill(forked, int(word.removeprefix(b"kill ")))
+            _end_orphans(forked | own)
     for pid in tuple(forked):
         _kill(forked, pid)
+    _end_orphans(own)
     os._exit(0)  # no exit handler of a reward's library may keep it
 
 
@@ -279,9 +282,28 @@ def _kill(forked: set[int], pid: int) -> None:
     forked.discard(pid)
 
 
+def _end_orphans(known: set[int]) -> None:
+    """What left its worker's process group and lost its parent is ours now: none is to stay."""
+    while orphans := _children() - known:
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    found = set[int]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(stat.parent.name))
+    return found
+
+
 def _silence() -> None:
-    """A reward reads nothing, and prints to stderr."""
+    """A reward reads nothing, and prints to stderr what no terminal obeys."""
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.close(empty)
     os.dup2(2, 1)
+    plain = os.fdopen(os.dup(2), "wb", 0)
+    sys.stdout = sys.stderr = SafeStream(plain, "utf-8", "backslashreplace", write_through=True)

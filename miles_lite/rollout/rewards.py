@@ -66,7 +66,7 @@ class RewardWorkers:
     """Reward functions by name, all of them in each of `num_workers` processes.
 
     grade() may be awaited from any event loop, and from one after another. Invalid verdicts have
-    reason "timeout", "crash" (the worker died: memory, signal, exit), "error: <exception>",
+    reason "timeout", "crash" (two workers died: memory, signal, exit), "error: <exception>",
     "too_long", "not_finite", "bad_type", "bad_count: <n>" (of a group's results), or the reason a
     reward function gave itself.
     """
@@ -189,11 +189,17 @@ class RewardWorkers:
 
     def _run_lane(self) -> None:
         worker: Worker | None = None
-        while batch := self._take():
-            worker = self._grade_batch(worker, batch)
-        self._bury(worker)
-        with self._wake:
-            self._lanes.discard(threading.current_thread())
+        batch: list[_Item] = []
+        try:
+            while batch := self._take():
+                worker = self._grade_batch(worker, batch)
+            self._bury(worker)
+        except Exception as error:  # a bug of ours: whoever waits hears of it, and does not wait on
+            _settle([(item, error) for item in batch])
+            raise
+        finally:
+            with self._wake:
+                self._lanes.discard(threading.current_thread())
 
     def _take(self) -> list[_Item]:
         """Wait for a fair share of what is pending; empty means that this lane is over."""
@@ -239,9 +245,10 @@ class RewardWorkers:
             if worker.is_fit():
                 return worker
         except Lost as lost:
-            self._put_back(batch[num_done + (not self._closed) :])
-            if not self._closed:
-                self._resolve(batch[num_done : num_done + 1], [batch[num_done].failed(lost.reason)])
+            item, *rest = batch[num_done:]
+            self._put_back(rest)
+            if not self._tried_again(item, lost.reason == "crash"):
+                self._resolve([item], [item.failed(lost.reason)])
         self._bury(worker)
         return None
 
@@ -260,12 +267,16 @@ class RewardWorkers:
             if not reason:
                 self._num_quick = 0
             was_robbed = reason == "timeout" and slow.computes and self._num_quick < NUM_QUICK
-        if self._closed:
-            self._put_back([item])
-        elif was_robbed and not item.is_retry:
-            self._put_back([replace(item, is_retry=True)])
-        else:
+        if not self._tried_again(item, was_robbed or reason == "crash"):
             self._resolve([item], [verdicts])
+
+    def _tried_again(self, item: _Item, innocent: bool) -> bool:
+        """Once, if it may have been innocent: robbed of its time, or somebody killed its worker.
+        What is put back when all is closed is never graded."""
+        if not self._closed and (item.is_retry or not innocent):
+            return False
+        self._put_back([replace(item, is_retry=True)])
+        return True
 
     def _max_slow(self, computes: bool) -> int:
         robbing = computes and self._num_quick < NUM_QUICK

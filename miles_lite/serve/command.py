@@ -1,5 +1,5 @@
-"""`miles-lite serve --model DIR|RUN[@STEP]`: on a CPU the embedded engine in this process, on a GPU
-SGLang, started with what the model wants of it."""
+"""`miles-lite serve --model DIR|RUN[@STEP]`: the embedded engine in this process, or SGLang with
+what the model wants of it. On a GPU it is SGLang unless told otherwise, on a CPU it is not."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from miles_lite.cluster.network import is_loopback
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.models.nemotron_h import NemotronH, context_length
 from miles_lite.parallel import EngineDims
+from miles_lite.rollout.sglang.options import ON_CPU
 from miles_lite.weights.convert_command import model_folder
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+CHECK_S = 300.0  # for SGLang to say what it makes of its options
 DEFAULT_CONTEXT = 4096  # on a CPU, where every slot of the cache is taken at once
 
 
@@ -27,8 +29,13 @@ def run(words: Sequence[str]) -> None:
     api_key = _api_key(options)
     folder = model_folder(options.model)
     options.name = options.name or options.model.rstrip("/").rsplit("/", 1)[-1]
-    if _device(options.device) == "cuda":
-        _hand_over(folder, options, api_key)
+    device = _device(options.device)
+    if options.engine == "auto":
+        options.engine = "sglang" if device == "cuda" else "embedded"
+    if options.engine == "sglang":
+        _hand_over(folder, options, api_key, device)
+    elif device == "cuda":
+        raise ValueError("--engine embedded serves on a CPU only: --engine sglang, or --device cpu")
     else:
         _serve_here(folder, options, api_key)
 
@@ -46,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="of CPU maths")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--tp", type=int, default=1, help="GPUs, for SGLang")
+    parser.add_argument("--engine", choices=["auto", "embedded", "sglang"], default="auto")
+    parser.add_argument("--tp", type=int, default=1, help="devices, for SGLang")
     parser.add_argument("--python", default="", help="interpreter that has sglang, if not this one")
     parser.add_argument("--print-command", action="store_true", help="of SGLang, and end")
     return parser
@@ -76,6 +84,7 @@ def _serve_here(folder: Path, options: argparse.Namespace, api_key: str) -> None
     try:
         import uvicorn
 
+        from miles_lite.serve.limits import MAX_CONNECTIONS, Protocol
         from miles_lite.serve.server import Served, application
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'miles-lite[serve]'") from None
@@ -104,6 +113,8 @@ def _serve_here(folder: Path, options: argparse.Namespace, api_key: str) -> None
         host=options.host,
         port=options.port,
         log_level="warning",
+        http=Protocol,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=5,
     )
 
@@ -111,11 +122,16 @@ def _serve_here(folder: Path, options: argparse.Namespace, api_key: str) -> None
 # ------------------------------------------------------------------ SGLang
 
 
-def sglang_options(model: NemotronH, options: argparse.Namespace) -> dict[str, Any]:
+def sglang_options(model: NemotronH, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """ServerArgs of SGLang for a model that nobody trains meanwhile: besides place and size, how
     Nemotron 3 marks thinking and tool calls. All else is left to SGLang."""
-    return {
+    on_cpu: dict[str, Any] = {}
+    if device == "cpu":
+        length = options.max_seq_len or DEFAULT_CONTEXT
+        on_cpu = {**ON_CPU, "max_total_tokens": options.max_running * length}
+    return on_cpu | {
         "model_path": options.folder,
+        "device": device,
         "served_model_name": options.name,
         "host": options.host,
         "port": options.port,
@@ -129,9 +145,9 @@ def sglang_options(model: NemotronH, options: argparse.Namespace) -> dict[str, A
     }
 
 
-def _hand_over(folder: Path, options: argparse.Namespace, api_key: str) -> None:
-    """Start SGLang's server and stay until it ends. Not run on a GPU, nor has SGLang itself checked
-    these options: only what is passed is tested."""
+def _hand_over(folder: Path, options: argparse.Namespace, api_key: str, device: str) -> None:
+    """Start SGLang's server and stay until it ends. Run on a CPU, not on a GPU."""
+    from miles_lite.rollout.sglang.check import check_all
     from miles_lite.rollout.sglang.launch import Launch, environment
     from miles_lite.rollout.sglang.model_folder import engine_folder
     from miles_lite.rollout.sglang.options import EngineSpec
@@ -139,12 +155,12 @@ def _hand_over(folder: Path, options: argparse.Namespace, api_key: str) -> None:
     model = NemotronH.from_folder(folder)
     with TemporaryDirectory(prefix="miles-lite-serve-") as temporary:
         options.folder = str(engine_folder(folder, Path(temporary) / "model"))
-        chosen = sglang_options(model, options)
+        chosen = sglang_options(model, options, device)
         spec = EngineSpec(
             folder=Path(options.folder),
             dims=EngineDims(options.tp, 1, options.tp if model.num_experts else 1),
             dtype=options.dtype,
-            device="cuda",
+            device=device,
             max_seq_len=options.max_seq_len,
             max_running=options.max_running,
             prefill_tokens=0,
@@ -156,6 +172,9 @@ def _hand_over(folder: Path, options: argparse.Namespace, api_key: str) -> None:
         print(" ".join(launch.argv), "<<<", json.dumps(chosen), flush=True)
         if options.print_command:
             return
+        (answer,) = check_all(spec, [chosen], CHECK_S, "--python")
+        if "refused" in answer:
+            raise ValueError(f"SGLang refuses: {answer['refused']}")
         process = launch.start()
         try:
             status = process.wait()

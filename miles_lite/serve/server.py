@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jinja2
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,9 +24,11 @@ from miles_lite.rollout.manager import derive_seed
 from miles_lite.rollout.probes import CLOSE, Thinking, how_it_thinks
 from miles_lite.serve.choice import Choice, Delta, Wish
 from miles_lite.serve.form import Form
+from miles_lite.serve.limits import BodyLimit, max_body_bytes
 from miles_lite.serve.live import Inbox, LiveEngine
 from miles_lite.serve.wire import (
     DEFAULT_COMPLETION_TOKENS,
+    MAX_ANSWERS,
     ApiError,
     ChatAsk,
     CompletionAsk,
@@ -35,6 +36,7 @@ from miles_lite.serve.wire import (
     error_of,
 )
 from miles_lite.types import Sampling
+from miles_lite.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ def application(served: Served) -> FastAPI:
         return await _respond(served, request, ask, completion_wishes(served, ask))
 
     _handle_errors(app)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes(served.engine.options.max_seq_len))
     return app
 
 
@@ -176,7 +179,7 @@ def chat_wish(served: Served, ask: ChatAsk) -> Wish:
         raise ApiError(400, "top_logprobs wants logprobs = true", "top_logprobs")
     thinking = how_it_thinks(text, served.tokenizer.knows(CLOSE))
     wish = Wish(
-        tokens=served.tokenizer.encode(text),
+        tokens=_tokens(served, text, "messages"),
         sampling=_sampling(served, ask, ask.max_tokens or ask.max_completion_tokens or 0),
         stops=ask.stop,
         wants_logprobs=ask.logprobs,
@@ -194,13 +197,18 @@ def completion_wishes(served: Served, ask: CompletionAsk) -> list[Wish]:
     prompts: list[Any] = ask.prompt if isinstance(ask.prompt, list) else [ask.prompt]
     if prompts and isinstance(prompts[0], int):
         prompts = [prompts]
+    if len(prompts) * ask.n > MAX_ANSWERS:
+        raise ApiError(
+            400, f"{len(prompts)} prompts, n = {ask.n}: at most {MAX_ANSWERS} answers", "prompt"
+        )
     sampling = replace(
         _sampling(served, ask, ask.max_tokens or DEFAULT_COMPLETION_TOKENS),
         top_logprobs=ask.logprobs or 0,
     )
     wishes = []
     for prompt in prompts:
-        tokens = served.tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        is_text = isinstance(prompt, str)
+        tokens = _tokens(served, prompt, "prompt") if is_text else tuple(prompt)
         vocab = served.engine.model.vocab_size
         if not tokens or not all(0 <= token < vocab for token in tokens):
             raise ApiError(400, f"prompt is empty, or has tokens beyond 0 .. {vocab - 1}", "prompt")
@@ -222,14 +230,14 @@ def _for_template(message: Message) -> dict[str, Any]:
     plain["content"] = parts if isinstance(parts, str) else "".join(part.text for part in parts)
     for call in plain.get("tool_calls", []):
         with contextlib.suppress(ValueError):  # else as text
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+            call["function"]["arguments"] = parse_json(call["function"]["arguments"], "arguments")
     return plain
 
 
 def _render(served: Served, messages: Any, settings: dict[str, Any], tools: list[Any]) -> str:
     try:
         return served.tokenizer.render(messages, settings, tools)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program: it raises what it likes
         raise ApiError(400, f"the chat template refuses this: {error}", "messages") from None
 
 
@@ -239,9 +247,29 @@ def _sampling(served: Served, ask: ChatAsk | CompletionAsk, max_tokens: int) -> 
         max_new_tokens=max_tokens,
         temperature=ask.temperature,
         top_p=ask.top_p,
-        top_k=max(0, ask.top_k),
+        top_k=min(max(0, ask.top_k), served.engine.model.vocab_size),
         stop_token_ids=() if ask.ignore_eos else served.engine.model.eos_token_ids,
     )
+
+
+def _tokens(served: Served, text: str, param: str) -> tuple[int, ...]:
+    """Of a prompt; a hopeless one is not even looked at, which can take minutes."""
+    room, least = served.engine.options.max_seq_len, served.tokenizer.least_tokens(text)
+    if least > room:
+        raise ApiError(
+            400,
+            f"this model's maximum context length is {room} tokens; the prompt alone has {least} "
+            "or more",
+            param,
+            "context_length_exceeded",
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(
+            400, f"{param} holds half of a surrogate pair, no character", param
+        ) from None
+    return served.tokenizer.encode(text)
 
 
 def _fitted(served: Served, wish: Wish, param: str) -> Wish:

@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from miles_lite.log import printable
+
 MAX_CHOICES = 128
+MAX_ANSWERS = 1024  # of one request, to all of its prompts
 MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of /v1/completions
 
@@ -59,7 +62,7 @@ def error_of(faults: list[Any]) -> ApiError:
     fault = faults[0]
     if fault["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="json_invalid")
-    param = ".".join(map(str, fault["loc"][1:]))
+    param = ".".join(printable(str(part)) for part in fault["loc"][1:])
     if "param" in fault.get("ctx", {}):
         param = fault["ctx"]["param"]
     if fault["type"] == "extra_forbidden":
@@ -129,7 +132,7 @@ class _Ask(_Strict):
     top_k: int = Field(0, ge=-1)
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=16)  # or one string
     max_tokens: int | None = Field(None, ge=1)
 

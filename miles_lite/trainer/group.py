@@ -10,10 +10,19 @@ from pathlib import Path
 
 import ray
 
-from miles_lite.cluster.actor import Remote, call_all, gather
+from miles_lite.cluster.actor import Remote, ask_each, call_all, gather
+from miles_lite.intact import writing
 from miles_lite.metrics import finish, merge
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.protocols import Engine, Metrics, Phase, Rollout, StepResult
+from miles_lite.protocols import (
+    Engine,
+    EnginesLost,
+    Metrics,
+    Phase,
+    Rollout,
+    StepResult,
+    TokenValues,
+)
 from miles_lite.trainer.megatron.messages import RankReport, WorkerSpec
 from miles_lite.types import Batch
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
@@ -40,7 +49,7 @@ class TrainerGroup:
         self._bucket_bytes = bucket_bytes
         self._timeout_s = spec.train.timeout_s
         self._plan: list[Route] = []
-        self._planned_for: tuple[str, ...] = ()  # engine ranks the plan was made for
+        self._planned_for: Sequence[Remote] = ()  # engine ranks the plan was made for
         self._hosted_bytes = 0  # of weights, on all engine ranks
         # whose memory an engine rank can read: of its host's trainers; on a GPU of its device's
         self._reach = hosts if spec.device == "cpu" else [w.name for w in workers]
@@ -82,7 +91,7 @@ class TrainerGroup:
     def layout(self) -> Mapping[str, int]:
         return dataclasses.asdict(self._spec.dims)
 
-    def score(self, batch: Batch) -> Mapping[int, Sequence[float]]:
+    def score(self, batch: Batch) -> TokenValues:
         dims, (update, *_) = self._spec.dims, batch.updates
         calls = [
             worker.start("score", update.micro_batches[dims.dp_rank(rank)])
@@ -127,15 +136,29 @@ class TrainerGroup:
 
     def send_weights(self, rollout: Rollout, version: int) -> Metrics:
         """See protocols.Trainer. Raises WeightSyncError naming engine rank and tensor."""
+        try:
+            return self._send_weights(rollout, version)
+        except EnginesLost:
+            self._planned_for = ()  # what the others have got of this sync, they are to forget
+            raise
+
+    def _send_weights(self, rollout: Rollout, version: int) -> Metrics:
         begin = time.perf_counter()
-        receivers = [r for engine in rollout.engines for r in engine.receivers()]
-        if self._planned_for != tuple(r.name for r in receivers):
-            self._make_plan(rollout.engines, receivers)
+        engines = rollout.engines
+        receivers: list[Remote] = [r for engine in engines for r in engine.receivers()]
+        if list(self._planned_for) != receivers:
+            self._make_plan(engines, receivers)
+        ask_each(engines, lambda engine: engine.begin_sync(version))
         deadline = self._timeout_s
-        for engine in rollout.engines:
-            engine.begin_sync(version)
         sent: list[SyncReport] = call_all(self._workers, "send_weights", deadline_s=deadline)
-        received = call_all(receivers, "finish_sync", deadline_s=deadline)
+        if lost := {target: why for report in sent for target, why in report.lost.items()}:
+            owners = [engine.name for engine in engines for _ in engine.receivers()]
+            raise EnginesLost({owners[target]: why for target, why in lost.items()})
+        deadline = self._spec.sync_timeout_s
+        arrived = ask_each(
+            engines, lambda engine: call_all(engine.receivers(), "finish_sync", deadline_s=deadline)
+        )
+        received = [of_rank for of_engine in arrived for of_rank in of_engine]
         for route in self._plan:
             compare(
                 receivers[route.target].name,
@@ -143,8 +166,7 @@ class TrainerGroup:
                 sent[route.source].checksums[route.target],
                 received[route.target][route.source],
             )
-        for engine in rollout.engines:
-            engine.commit(version)
+        ask_each(engines, lambda engine: engine.commit(version))
         rollout.version = version
         return {
             "perf/update_weights_time": time.perf_counter() - begin,
@@ -177,13 +199,18 @@ class TrainerGroup:
             )
             for rank, worker in enumerate(self._workers)
         ]
-        calls += [
-            receiver.start("set_routes", [r for r in self._plan if r.target == index])
-            for index, receiver in enumerate(receivers)
-        ]
-        gather(calls, self._timeout_s)
-        self._planned_for = tuple(r.name for r in receivers)
-        self._hosted_bytes = sum(engine.held_bytes()["weights"] for engine in engines)
+        gather(calls, self._timeout_s)  # now no bucket of a sync that failed is on its way
+
+        def set_routes(engine: Engine) -> int:
+            calls = [
+                rank.start("set_routes", [r for r in self._plan if receivers[r.target] == rank])
+                for rank in engine.receivers()
+            ]
+            gather(calls, self._spec.sync_timeout_s)
+            return engine.held_bytes()["weights"]
+
+        self._hosted_bytes = sum(ask_each(engines, set_routes))
+        self._planned_for = receivers
 
     def checksums(self, of_files: bool) -> list[Mapping[tuple[str, int, int], int]]:
         """By rank, of the rows of HF tensors that it hosts: its own, or those of the model's files
@@ -194,7 +221,8 @@ class TrainerGroup:
         """Every rank writes its rows straight into the files; replicas are written once."""
         dims, source = self._spec.dims, HfCheckpoint(self._spec.model_path)
         writer = HfWriter(folder, source)
-        writer.create()
+        with writing(folder):
+            writer.create()
         owner: dict[tuple[str, int, int], int] = {}
         for rank in range(dims.world_size):
             for hosted in trainer_layout(self._model, dims, rank):
@@ -205,9 +233,10 @@ class TrainerGroup:
             for rank, worker in enumerate(self._workers)
         ]
         gather(calls, self._timeout_s)
-        for name in mtp_tensors(self._model):
-            writer.copy_from_template(name)
-        writer.finish()
+        with writing(folder):
+            for name in mtp_tensors(self._model):
+                writer.copy_from_template(name)
+            writer.finish()
 
     def close(self) -> None:
         """End all workers; whatever they shared goes with them."""

@@ -21,8 +21,8 @@ from miles_lite.intact import HASH, OTHER_HASH, digest, to_disk
 from miles_lite.models.nemotron_h import NemotronH, spell_pattern
 from miles_lite.weights.hf_files import INDEX, HfFiles
 from miles_lite.weights.table import hf_tensors, mtp_tensors
-from miles_lite.weights.torch_dist import METADATA
 
+METADATA = ".metadata"  # of a torch_dist folder
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron calls a checkpoint without iterations
 MANIFEST = "manifest.json"

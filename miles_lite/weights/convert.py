@@ -30,6 +30,7 @@ from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.weights.conversion import (
     MANIFEST,
     MAX_UNIT,
+    METADATA,
     MIN_UNIT,
     RELEASE,
     TRACKER,
@@ -54,7 +55,6 @@ from miles_lite.weights.conversion import (
 from miles_lite.weights.hf_files import INDEX, HfFiles, read_header
 from miles_lite.weights.table import hf_tensors, mtp_tensors
 from miles_lite.weights.torch_dist import (
-    METADATA,
     DistCheckpoint,
     Piece,
     Written,

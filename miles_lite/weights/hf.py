@@ -13,32 +13,31 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from miles_lite.intact import tree_to_disk
 from miles_lite.protocols import Hosted
 from miles_lite.weights.conversion import copy_extras
-from miles_lite.weights.hf_files import INDEX
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+from miles_lite.weights.hf_files import DTYPES, INDEX, SINGLE, Stored, read_header, weight_map
 
 
 class HfCheckpoint:
-    """Tensors of an HF folder by name. Files are memory-mapped and opened on first use."""
+    """Tensors of an HF folder by name. Files are checked, memory-mapped and opened on first use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file_of = _file_of(folder)
+        self._headers: dict[str, dict[str, Stored]] = {}  # by file
+        self.file_of = weight_map(folder) or dict.fromkeys(self._header(SINGLE), SINGLE)
         self._open: dict[str, safe_open] = {}
 
     def names(self) -> set[str]:
         return set(self.file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._slice(name).get_dtype()]
+        return self._stored(name).dtype
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor along `dim` (0 or 1)."""
@@ -50,29 +49,25 @@ class HfCheckpoint:
         pieces = [self.read(s.tensor, hosted.dim, s.start, s.stop) for s in hosted.segments]
         return torch.cat(pieces, dim=hosted.dim)
 
+    def _header(self, file: str) -> dict[str, Stored]:
+        if file not in self._headers:
+            self._headers[file] = read_header(self.folder / file)
+        return self._headers[file]
+
+    def _stored(self, name: str) -> Stored:
+        file = self.file_of.get(name, "")
+        if not file or name not in self._header(file):
+            raise ValueError(f"{self.folder / file}: the checkpoint has no tensor {name!r}")
+        return self._header(file)[name]
+
     def _slice(self, name: str):
-        file = self.file_of.get(name)
-        if file is None:
-            raise ValueError(f"{self.folder}: the checkpoint has no tensor {name!r}")
+        file = self._stored(name).file
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / file} cannot be read ({error})") from None
         return self._open[file].get_slice(name)
-
-
-def _file_of(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or the single file."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        for file in set(weight_map.values()):
-            if Path(file).name != file or not (folder / file).is_file():
-                raise ValueError(f"{index}: names the file {file!r}, which is not in {folder}")
-        return weight_map
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"{folder}: neither {INDEX} nor model.safetensors is there")
-    with safe_open(single, framework="pt") as file:
-        return {name: single.name for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 class HfWriter:
@@ -108,7 +103,7 @@ class HfWriter:
         file = self._template.file_of[name]
         data_start, header = self._header(file)
         entry = header[name]
-        values = values.detach().to("cpu", _DTYPES[entry["dtype"]]).contiguous()
+        values = values.detach().to("cpu", DTYPES[entry["dtype"]]).contiguous()
         raw = memoryview(values.view(torch.uint8).reshape(-1).numpy())  # pyright: ignore
         base = data_start + entry["data_offsets"][0]
         shape, width = entry["shape"], values.element_size()
@@ -116,13 +111,13 @@ class HfWriter:
         try:
             if dim == 0:
                 row_bytes = width * _product(shape[1:])
-                os.pwrite(fd, raw, base + start * row_bytes)
+                _write_all(fd, raw, base + start * row_bytes)
             else:
                 piece = values.shape[1] * width * _product(shape[2:])
                 row_bytes = width * _product(shape[1:])
                 for row in range(shape[0]):
                     at = base + row * row_bytes + start * width * _product(shape[2:])
-                    os.pwrite(fd, raw[row * piece : (row + 1) * piece], at)
+                    _write_all(fd, raw[row * piece : (row + 1) * piece], at)
         finally:
             os.close(fd)
 
@@ -133,6 +128,7 @@ class HfWriter:
 
     def finish(self) -> None:
         """Replace the target folder by the finished one."""
+        tree_to_disk(self._part)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._part.rename(self.folder)
 
@@ -141,6 +137,13 @@ class HfWriter:
             head, _ = _read_head(self._part / file)
             self._headers[file] = (len(head), json.loads(head[8:]))
         return self._headers[file]
+
+
+def _write_all(fd: int, raw: memoryview, at: int) -> None:
+    """pwrite stops at 2 GiB, and where a disk is full, without a word."""
+    while raw:
+        written = os.pwrite(fd, raw, at)
+        raw, at = raw[written:], at + written
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from miles_lite.untrusted import parse_object
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
@@ -20,7 +22,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-_BROKEN = (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError)
+_BROKEN = (LookupError, TypeError, AttributeError)
 _MAX_HEADER = 100 << 20  # what safetensors itself allows
 
 
@@ -45,7 +47,7 @@ class HfFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = _files(folder)
+        files = weight_map(folder)
         self.tensors: dict[str, Stored] = {}
         known = set(files.values()) if files else {SINGLE}
         if strays := sorted({path.name for path in folder.glob("*.safetensors")} - known):
@@ -113,9 +115,9 @@ def read_header(path: Path) -> dict[str, Stored]:
                 f"{path} is truncated or no safetensors file: its header of {length:,} bytes does "
                 f"not fit into {size:,} bytes at offset 8"
             )
+        header = parse_object(file.read(length), f"{path}: the header at offset 8 is corrupt")
+        header.pop("__metadata__", None)
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
             found = {
                 name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()
             }
@@ -142,6 +144,8 @@ def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> Stored:
             "converted"
         )
     stored = Stored(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+    if any(type(number) is not int for number in (*stored.shape, begin, end)):
+        raise TypeError(f"tensor {name!r} has the shape {stored.shape} and begins at {begin}")
     wanted = math.prod(stored.shape) * stored.dtype.itemsize
     if min(stored.shape, default=0) < 0 or begin < data or stored.num_bytes != wanted:
         raise ValueError(
@@ -153,19 +157,20 @@ def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> Stored:
     return stored
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """Tensor -> file by the index; {} for a folder of one file."""
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file by the index; {} for a folder of one file. All of them lie in the folder, or
+    are links there, as the Hugging Face cache has them."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise ValueError(f"{folder}: neither {INDEX} nor {SINGLE} is there")
         return {}
     try:
-        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        files: dict[str, str] = dict(parse_object(index.read_bytes(), str(index))["weight_map"])
         names = sorted(set(files.values()))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{index} cannot be read ({error!r})") from None
     for file in names:
-        if Path(file).name != file or not (folder / file).is_file():
+        if not file or Path(file).name != file or not (folder / file).is_file():
             raise ValueError(f"{index} names the file {file!r}, which is not in {folder}")
     return files

@@ -10,13 +10,14 @@ NCCL would refuse for two processes of one device.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from miles_lite.cluster.actor import RemoteError
 from miles_lite.protocols import Bucket
 from miles_lite.weights.plan import Route
 from miles_lite.weights.transport import Slots, bucket_bytes, pack, source_checksums
@@ -30,6 +31,7 @@ class SyncReport:
     num_bytes: int
     relayed_bytes: int  # of them, those that went through another trainer rank
     seconds: float
+    lost: Mapping[int, str]  # engine ranks that did not take a bucket, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +89,31 @@ class Sender:
     def send(self, timeout_s: float) -> SyncReport:
         """Returns when all that starts or passes here has been read. All ranks call it at once.
 
-        timeout_s: of one bucket. Raises RemoteError naming the engine rank.
+        timeout_s: of one bucket. An engine rank that does not take one gets no more; all else goes
+        its way, as other trainer ranks wait for what is relayed here.
         """
         begin = time.perf_counter()
-        pending: list[Any] = [None, None]  # the call that still reads each slot
+        lost: dict[int, str] = {}
+        pending: list[tuple[int, Any] | None] = [None, None]  # target and call that reads each slot
+
+        def settle(which: int) -> None:
+            if (reader := pending[which]) is not None and reader[0] not in lost:
+                try:
+                    reader[1].result(timeout_s)
+                except RemoteError as error:
+                    lost[reader[0]] = str(error)
+            pending[which] = None
+
         for turn, (way, number) in enumerate(self._jobs()):
             which = turn % 2
-            if pending[which] is not None:
-                pending[which].result(timeout_s)
-                pending[which] = None
+            settle(which)
             num_bytes = self._fill(which, way, number)
-            if self._rank == way.last:
-                pending[which] = self._hand_over(which, way.route, number, num_bytes)
-        for call in pending:
-            if call is not None:
-                call.result(timeout_s)
+            target = way.route.target
+            if self._rank == way.last and target not in lost:
+                call = self._hand_over(which, way.route, number, num_bytes)
+                pending[which] = (target, call)
+        settle(0)
+        settle(1)
         sent = [way for way in (*self._own, *self._relayed) if way.route.source == self._rank]
         checksums = {
             way.route.target: source_checksums(self._tensors, way.route.copies, self._dtype)
@@ -112,6 +124,7 @@ class Sender:
             sum(way.route.num_bytes for way in sent),
             sum(way.route.num_bytes for way in sent if way.relayed),
             time.perf_counter() - begin,
+            lost,
         )
 
     def _jobs(self) -> Iterator[tuple[Itinerary, int]]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint import metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint import planner
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -32,9 +33,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.unpickle import unpickle
+from miles_lite.weights.conversion import METADATA
 from miles_lite.weights.table import Row, mtp_tensors, rows
 
-METADATA = ".metadata"
 _BLOCKS = {5: ("z", "x", "B", "C", "dt"), 3: ("x", "B", "C")}  # of in_proj and conv1d
 _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
@@ -193,19 +194,16 @@ class _Chunk:
     place: _StorageInfo
 
 
-def _is_own(kind: Any) -> bool:
-    return isinstance(kind, type) and kind.__module__ == metadata.__name__
-
-
-_DCP = "torch.distributed.checkpoint"
-# All that a `.metadata` consists of, as torch 2.6 to 2.13 write it.
+# All that a `.metadata` of torch, of megatron or of ours names; each only holds what it is given.
+_HOLDERS = (
+    *(Metadata, TensorStorageMetadata, BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex),
+    *(TensorProperties, dcp._MEM_FORMAT_ENCODING, dcp.StorageMeta, _StorageInfo, _StoragePrefix),
+    *(planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData),
+    *(planner.BytesIOWriteData, torch.Size, torch.serialization._get_layout),
+)
 _NAMES = frozenset(
-    {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    | {f"{kind.__module__}.{kind.__name__}" for kind in vars(metadata).values() if _is_own(kind)}
-    | {f"{_DCP}.planner.{name}" for name in "SavePlan WriteItem WriteItemType".split()}
-    | {f"{_DCP}.planner.{name}" for name in "TensorWriteData BytesIOWriteData".split()}
-    | {f"{_DCP}.filesystem._StorageInfo", f"{_DCP}.filesystem._StoragePrefix"}
-    | {"torch.Size", "torch.serialization._get_layout", "collections.OrderedDict"}
+    {f"{each.__module__}.{each.__qualname__}" for each in _HOLDERS}
+    | {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 )
 
 
@@ -216,13 +214,14 @@ class DistCheckpoint:
         self.folder = folder
         path = folder / METADATA
         try:
-            self.shapes, self._chunks = _index(unpickle(path.read_bytes(), _NAMES))
+            metadata = unpickle(path.read_bytes(), _NAMES, "a checkpoint")
+            self.shapes, self._chunks = _index(metadata)
         except FileNotFoundError:
             raise ValueError(
                 f"{folder} is no torch_dist checkpoint: it has no {METADATA}"
             ) from None
         except Exception as error:  # whatever a broken pickle raises
-            raise ValueError(f"{path} cannot be read: {error!r}") from None
+            raise ValueError(f"{path} cannot be read ({error!r})") from None
         self._last: tuple[Any, torch.Tensor] | None = None  # a fused chunk is read part by part
 
     def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -280,11 +279,11 @@ def _loaded(file: IO[bytes], place: _StorageInfo, what: str) -> Any:
         raise ValueError(f"{what} at offset {place.offset:,} is corrupt ({error})") from None
 
 
-def _index(found: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
+def _index(metadata: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chunk]]]:
     """Shapes and chunks of all keys that are tensors."""
     entries = {
         key: entry
-        for key, entry in found.state_dict_metadata.items()
+        for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     sizes = {
@@ -292,7 +291,10 @@ def _index(found: Metadata) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
         for key, entry in entries.items()
         for chunk in entry.chunks
     }
-    storage: Mapping[MetadataIndex, Any] = found.storage_data or {}
+    storage: Mapping[MetadataIndex, Any] = metadata.storage_data or {}
+    for file in {place.relative_path for place in storage.values()}:
+        if Path(file).name != file:
+            raise ValueError(f"it places chunks in {file!r}, which is not a file beside it")
     chunks: dict[str, list[_Chunk]] = defaultdict(list)
     for index, place in storage.items():
         offsets = tuple(index.offset or ())

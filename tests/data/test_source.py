@@ -119,7 +119,7 @@ def test_a_label_out_of_a_longer_text(tmp_path: Path, settings: RenderSettings) 
         ({"prompt": 7, "label": "3"}, r"prompt = 7 is neither a string nor"),
         ({"prompt": [{"role": "user"}], "label": "3"}, r"prompt = .* is neither"),
         (row(metadata=[1]), r"metadata = \[1\] is not an object"),
-        (row(metadata="{"), r"metadata is not JSON"),
+        (row(metadata="{"), r"metadata: not JSON"),
         (row(metadata={"rm_type": "math"}), r"metadata.rm_type = 'math' is none of reward.others"),
         (row(metadata={"reward": ["exact"]}), r"metadata.reward = \['exact'\] is none of"),
         (row(tools={"name": "f"}), r"tools = .* is not a list"),

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from miles_lite.algo.drift_parts import drift_parts, suspect
 from miles_lite.config import AlgoConfig
 from miles_lite.drift.causes import ROUNDING, Cause, Evidence, attribute, gap
 from miles_lite.parallel import EngineDims
-from miles_lite.protocols import Phase
-from miles_lite.types import Sampling
+from miles_lite.protocols import Metrics, Phase, Rescored
+from miles_lite.types import MicroBatch, Prompt, Sample, Sampling, Verdict
 from tests.trainer.conftest import Tiny
 from tests.trainer.ranks import World, run_ranks
 from tests.trainer.test_step import OPTIM, dims, spec_of
@@ -179,7 +180,7 @@ FAULTS: dict[str, tuple[Plant, dict[str, Any]]] = {
 
 def _all(world: World, folder: Path) -> bytes:
     """Pickled: tensors themselves would go through memory that ends with this process."""
-    from miles_lite.drift.examine import Sides, control, examine
+    from miles_lite.drift.examine import Sides, as_sequence, control, examine
     from miles_lite.models.nemotron_h import NemotronH
     from miles_lite.rollout.embedded.options import EngineOptions
     from miles_lite.rollout.embedded.rank import EngineRank
@@ -201,12 +202,27 @@ def _all(world: World, folder: Path) -> bytes:
         evidence = examine(sides, PROMPT, replace(SAMPLING, **changes))
         return Seen(attribute(evidence, ROUNDING["fp32"]), evidence)
 
+    def parts(**changes: Any) -> Metrics:
+        """As a step of a run splits it."""
+        policy = replace(SAMPLING, **changes)
+        drawn = sides.ask(PROMPT, policy, ())
+        trained = worker.score([MicroBatch((as_sequence(PROMPT, drawn),), (1.0,))])
+        scoring = replace(policy, max_new_tokens=len(drawn.tokens))
+        kinds = (scoring, replace(scoring, temperature=1.0), replace(scoring, truncated=True))
+        rescored = Rescored(*([sides.ask(PROMPT, kind, drawn.tokens)] for kind in kinds))
+        sample = Sample(Prompt("", PROMPT, "", "", "", {}), drawn, "", Verdict(0.0, ""))
+        return drift_parts({0: sample}, rescored, trained, 0)
+
     found: dict[str, Any] = {"nothing": look(), "top-p right": look(top_p=0.7)}
     answer = sides.ask(PROMPT, replace(SAMPLING, wants_routing=True), ())
     found["control"] = control(sides, PROMPT, answer)
     for name, (plant, changes) in FAULTS.items():
         with plant(sides):
             found[name] = look(**changes)
+    found["parts"] = {"nothing": parts(top_p=0.7)}
+    for name in ("top-p", "temperature", "dt clamp in prefill", "scaling factor"):
+        with FAULTS[name][0](sides):
+            found["parts"][name] = parts(top_p=0.7)
     found["nothing again"] = look()
     # an update that the engine does not get: once told, once with its version counted all the same
     for param in (p for p in map(worker.tensor, {h.param for h in worker.hosted()})):
@@ -223,7 +239,7 @@ def _all(world: World, folder: Path) -> bytes:
 def found(tiny: Tiny) -> dict[str, Any]:
     told = pickle.loads(run_ranks(1, _all, tiny.folder)[0])
     for name, seen in told.items():
-        print(name, seen if name == "control" else seen.causes)
+        print(name, seen.causes if isinstance(seen, Seen) else seen)
     return told
 
 
@@ -262,6 +278,29 @@ def test_a_fault_is_put_down_to_its_part(
     others = {other.name for other in found[fault].causes} - {name}
     # a clamp in one of the engine's kernels is seen between them, too
     assert others <= ({"decode against prefill"} if fault == "dt clamp in prefill" else set())
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("top-p", "those among the tokens that top-p and top-k keep"),
+        ("temperature", "do not depend on the temperature"),
+        ("dt clamp in prefill", "decoding disagrees with its own prefill"),
+        ("scaling factor", "prefill disagrees with the trainer"),
+    ],
+)
+def test_the_parts_of_a_step_say_where_to_look(
+    found: dict[str, Any], fault: str, words: str
+) -> None:
+    assert words in suspect(found["parts"][fault]), found["parts"][fault]
+
+
+def test_sizes_of_truncation_and_temperature_in_a_step(found: dict[str, Any]) -> None:
+    parts = found["parts"]["nothing"]
+    assert parts["drift/decode_vs_trainer"] < 1e-4
+    assert parts["drift/truncation"] == pytest.approx(parts["drift/without_truncation"], rel=0.01)
+    assert parts["drift/truncation"] > 0.05 and parts["drift/temperature"] > 0.05
+    assert found["parts"]["top-p"]["drift/without_truncation"] < 1e-4
 
 
 def test_names_of_tensors(found: dict[str, Any]) -> None:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from miles_lite.chaos.processes import members
 from miles_lite.environment import PROJECT
 from miles_lite.run import read_metrics
 from tests.launch.hosts import Host, Job, make_hosts, why_not
@@ -140,6 +142,11 @@ def test_head_and_worker_die_and_the_run_goes_on(two: list[Host], tmp_path: Path
 
     lead, job = head(first, tmp_path, *more), worker(second, tmp_path)
     lead.wait_for("step_000004")
+    below = members(psutil.Process(lead.process.pid))
+    [driver] = [member.process for member in below if member.kind == "driver"]
+    driver.kill()  # all hosts are there, and stay
+    lead.wait_for("restart 1 of at most 10, in 1 s: after")
+    lead.wait_for(f"saved {tmp_path}/tiny/checkpoints/step_{max(steps(tmp_path)) + 3:06}")
     job.signal(signal.SIGKILL)
     text = lead.end(1)
     assert "lost node2 (10.77.0.2): it closed the connection; ending the run" in text

@@ -9,6 +9,8 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
+
 from miles_lite.compose import compose
 from miles_lite.protocols import Metrics, StepResult
 from miles_lite.run import Run
@@ -89,8 +91,9 @@ def trained(groups: Sequence[Group]) -> tuple[StepResult, list[TrainSequence]]:
             )  # fmt: skip
             if counts:
                 first, *rest = answer.logprobs
-                logprobs[number] = [first + 0.25, *(v + 1e-3 * (v * 1e4 % 1) for v in rest)]
-                entropies[number] = [v * v / 2 for v in answer.logprobs]
+                said = [first + 0.25, *(v + 1e-3 * (v * 1e4 % 1) for v in rest)]
+                logprobs[number] = np.array(said, np.float32)
+                entropies[number] = np.array(answer.logprobs, np.float32) ** 2 / 2
     return StepResult({}, logprobs, entropies), sequences
 
 

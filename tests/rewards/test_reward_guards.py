@@ -92,3 +92,17 @@ def test_a_megabyte_is_read_once(text: str) -> None:
 def test_digits_of_other_scripts_count_as_python_counts_them() -> None:
     assert math(boxed("３４"), "34") == 1.0  # noqa: RUF001
     assert math(boxed("²"), "2") == 0.0
+
+
+@pytest.mark.parametrize("function", ["frac", "Integer", "sqrt", "Symbol"])
+def test_a_text_in_a_formula_runs_nothing(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spelled in octal it has no letters to be counted; sympy evaluates what text it is handed."""
+    monkeypatch.chdir(tmp_path)
+    code = "".join(rf"\textbackslash{{}}{ord(c):03o}" for c in 'open("c","w")')
+    try:
+        assert math(boxed(f'{function}("{code}")'), "x") == 0.0
+    except ValueError:  # no verdict is as good
+        pass
+    assert not (tmp_path / "c").exists()

@@ -16,7 +16,7 @@ from miles_lite.algo.routing import RouterSizes
 from miles_lite.compose import compose
 from miles_lite.config import RewardFunction
 from miles_lite.data.tokenizer import ChatTokenizer
-from miles_lite.protocols import Phase, RolloutResult
+from miles_lite.protocols import EngineError, Phase, RolloutResult
 from miles_lite.rollout.manager import (
     MAX_RESAMPLES,
     MAX_RESCORED,
@@ -30,19 +30,22 @@ from miles_lite.types import Completion, Finish, Prompt, Request, Sample, Sampli
 
 CFG = compose(["experiment=tiny"])
 Draw = Callable[..., RolloutResult]
-SAMPLING = Sampling(7, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(3,))
+SAMPLING = Sampling(7, max_new_tokens=4, temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=(3,))
 ROUTERS = RouterSizes(num_layers=2, top_k=3, num_experts=8)
 
 
 class SeededEngine:
     """Answers with tokens that are a function of the request's seed alone; faults on demand."""
 
-    def __init__(self, name: str, *, version: int = 5, finish: Finish = Finish.stop) -> None:
+    def __init__(self, name: str, *, version: int = 5, finish: Finish = Finish.length) -> None:
         self.name, self.version, self.finish = name, version, finish
         self.experts: tuple[int, ...] = ()  # of every token in every layer with experts
         self.forgotten = 0  # tokens of the last answers whose routing is missing
         self.stuck = False
         self.num_served = self.num_aborts = 0
+        self.stall_s = 60.0
+
+    def restart(self) -> None: ...
 
     async def generate(self, request: Request) -> Completion:
         self.num_served += 1
@@ -57,7 +60,7 @@ class SeededEngine:
         routing = np.broadcast_to(self.experts, (num_tokens, ROUTERS.num_layers, ROUTERS.top_k))
         return replace(completion, routing=ROUTERS.pack(routing))
 
-    def can_score(self, temperature: float) -> bool:
+    def can_score(self, sampling: Sampling) -> bool:
         return False
 
     async def abort(self) -> None:
@@ -134,6 +137,7 @@ class Stream:
 
 SETTINGS = RolloutSettings(
     routers=ROUTERS,
+    vocab_size=4096,
     sampling=SAMPLING,
     num_prompts=6,
     samples_per_prompt=4,
@@ -224,12 +228,12 @@ def test_a_group_reward_sees_the_whole_group(draw: Draw) -> None:
 
 
 def test_a_stale_version_is_refused(draw: Draw) -> None:
-    with pytest.raises(RolloutError, match=r"stale .* version 4; the policy is at version 5"):
+    with pytest.raises(EngineError, match=r"stale: .* version 4; the policy is at version 5"):
         draw([SeededEngine("fresh"), SeededEngine("stale", version=4)])
 
 
 def test_an_abort_nobody_asked_for_is_refused(draw: Draw) -> None:
-    with pytest.raises(RolloutError, match="aborted prompt"):
+    with pytest.raises(EngineError, match=r"a: its answer to request \d+ was abo"):
         draw([SeededEngine("a", finish=Finish.abort)])
 
 
@@ -239,13 +243,11 @@ def test_a_routing_that_cannot_be_replayed_is_refused_at_the_first_answer(draw: 
     good.experts, wrong.experts, forgetful.experts = (0, 5, 3), (2, 0, 0), (0, 5, 3)
     forgetful.forgotten = 2
     assert all(s.completion.routing.known for s in all_samples(draw([good], sampling=wanted)))
-    with pytest.raises(RolloutError, match=r"b answered prompt .*: there is no routing; expected"):
+    with pytest.raises(EngineError, match=r"b: its answer .*: there is no routing; expected"):
         draw([good, silent], sampling=wanted)
-    with pytest.raises(
-        RolloutError, match=r"c answered .*: token 0 has experts \[2, 0, 0\] in lay"
-    ):
+    with pytest.raises(EngineError, match=r"c: .*: token 0 has experts \[2, 0, 0\] in lay"):
         draw([good, wrong], sampling=wanted)
-    with pytest.raises(RolloutError, match=r"d answered .* shape \[\d+, 2, 3\]; expected \[\d+, 2"):
+    with pytest.raises(EngineError, match=r"d: .* shape \[\d+, 2, 3\]; expected \[\d+, 2"):
         draw([good, forgetful], sampling=wanted)
     draw([silent, wrong, forgetful])  # nobody asks
 
@@ -288,11 +290,13 @@ def test_progress_tells_what_is_there_and_who_owes_the_rest(
 class ScoringEngine(SeededEngine):
     """Scores the tokens that it is given, and remembers them."""
 
-    def can_score(self, temperature: float) -> bool:
+    asked: tuple[Sampling, ...] = ()
+
+    def can_score(self, sampling: Sampling) -> bool:
         return True
 
     async def generate(self, request: Request) -> Completion:
-        self.scored = request.scored
+        self.scored, self.asked = request.scored, (*self.asked, request.sampling)
         assert request.sampling.max_new_tokens == len(request.scored)
         logprobs = (-2.0,) * len(request.scored)
         return Completion(request.scored, logprobs, self.version, Finish.length)
@@ -307,8 +311,23 @@ def test_of_a_long_answer_only_the_beginning_is_scored_again(
     tokens = tuple(range(MAX_RESCORED + 7))
     long = Completion(tokens, (-1.0,) * len(tokens), 5, Finish.stop)
     again = manager.rescore([Sample(prompts[0], long, "", Verdict(1.0, ""))])
-    assert again is not None and len(again[0].logprobs) == MAX_RESCORED
+    assert len(again.policy[0].logprobs) == MAX_RESCORED
+    assert again.untempered == () == again.truncated  # nothing else than the policy here
     assert engine.scored == tokens[:MAX_RESCORED]
+
+
+def test_the_policy_is_held_against_what_sampling_makes_of_it(
+    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
+) -> None:
+    engine = ScoringEngine("scores")
+    sampling = replace(SETTINGS.sampling, temperature=0.7, top_p=0.9)
+    manager = RolloutManager([engine], rewards, tokenizer, replace(SETTINGS, sampling=sampling))
+    manager.version = 5
+    answer = Completion((1, 2), (-1.0, -1.0), 5, Finish.stop)
+    again = manager.rescore([Sample(prompts[0], answer, "", Verdict(1.0, ""))])
+    assert [len(kind) for kind in (again.policy, again.untempered, again.truncated)] == [1, 1, 1]
+    asked = [(s.temperature, s.top_p, s.truncated) for s in engine.asked]
+    assert sorted(asked) == [(0.7, 0.9, False), (0.7, 0.9, True), (1.0, 0.9, False)]
 
 
 def test_seeds_differ_by_every_part() -> None:

@@ -317,6 +317,8 @@ def test_a_client_that_vanishes_frees_its_slots(
         ("--host 0.0.0.0", "--no-auth"),
         ("--api-key-env NO_SUCH_NAME_HERE", "no NO_SUCH_NAME_HERE"),
         ("--max-seq-len 5000", "more than the model's 4096"),
+        ("--engine embedded --device cuda", "serves on a CPU only"),
+        ("--engine sglang --device cpu --python no-such", "--python no-such: there is no"),
     ],
 )
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:

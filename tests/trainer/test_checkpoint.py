@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ class Stretch:
     save: Path | None = None
     same_layout: bool = True
     asynchronous: bool = False  # and go on with a step while it is written
+    slow: str = ""  # files of this folder of it take a while
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,20 @@ class Outcome:
     reports: list[dict[str, Any]]  # partials of each step, without times
     logprobs: list[dict[int, list[float]]]
     rows: list[tuple[str, int, int, Any]]
+
+
+@contextmanager
+def slowly(folder: str) -> Iterator[None]:
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def later(*args: Any, write_bucket: Any, **named: Any) -> None:
+        time.sleep(1.0 if folder in Path(write_bucket[0]).parts else 0.0)
+        write(*args, write_bucket=write_bucket, **named)
+
+    with mock.patch.object(FileSystemWriterAsync, "write_preloaded_data", staticmethod(later)):
+        yield
 
 
 def live(world: World, stretches: list[Stretch]) -> list[Outcome]:
@@ -56,10 +75,11 @@ def live(world: World, stretches: list[Stretch]) -> list[Outcome]:
         for batch in stretch.batches:
             report = worker.step([update.micro_batches[dp_rank] for update in batch.updates])
             reports.append({k: v for k, v in report.partials.items() if "time" not in k})
-            logprobs.append(report.logprobs)
+            logprobs.append({k: v.tolist() for k, v in report.logprobs.items()})
         if stretch.save:
             stretch.save.mkdir(exist_ok=True)
-            worker.save(stretch.save, stretch.asynchronous)
+            with slowly(stretch.slow):
+                worker.save(stretch.save, stretch.asynchronous)
             if stretch.asynchronous:
                 worker.step([update.micro_batches[dp_rank] for update in batch.updates])
             worker.finish_save()
@@ -131,17 +151,20 @@ def test_going_on_with_two_ranks_is_exact(tiny: Tiny, tmp_path: Path, kind: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fp32", "offloaded bf16", "reference"])
+@pytest.mark.parametrize(
+    ("kind", "slow"), [("fp32", ""), ("offloaded bf16", ""), ("reference", "policy")]
+)
 def test_written_meanwhile_it_holds_the_moment_it_was_begun(
-    tiny: Tiny, tmp_path: Path, kind: str
+    tiny: Tiny, tmp_path: Path, kind: str, slow: str
 ) -> None:
+    """Whatever of it is written last."""
     layout = dims(dp=2, ep=2)
     spec, batch = spec_of(tiny.folder, layout, **{"optim": WARM, **KINDS[kind]}), batch_for(2)
     folder = tmp_path / "checkpoint"
     whole, _, resumed = lives(
         [
             Stretch(spec, (batch, batch)),
-            Stretch(spec, (batch,), save=folder, asynchronous=True),
+            Stretch(spec, (batch,), save=folder, asynchronous=True, slow=slow),
             Stretch(spec, (batch,), load=folder),
         ]
     )

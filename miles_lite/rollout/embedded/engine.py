@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Hosted, Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.layout import params
-from miles_lite.types import Completion, Request
+from miles_lite.types import Completion, Request, Sampling
 
 POLL_WAIT_S = 5.0  # a poll that finds nothing returns after this long, and is repeated
+PING_S = 2.0  # for a rank to show that it is there, once another one failed
 
 
 class EmbeddedEngine:
@@ -28,15 +29,19 @@ class EmbeddedEngine:
     def __init__(
         self,
         name: str,
-        ranks: Sequence[Remote],
+        spawn: Callable[[], Sequence[Remote]],
         layout: tuple[NemotronH, EngineDims],
         options: EngineOptions,
         deadline_s: float,
     ):
-        """deadline_s: for one completion, and for every call to a rank."""
-        self.name, self.ranks, self.options, self.deadline_s = name, ranks, options, deadline_s
+        """spawn: starts all ranks. deadline_s: for one completion."""
+        self.name, self.options, self.deadline_s = name, options, deadline_s
+        self._spawn, self.ranks = spawn, spawn()
         self.model, self.dims = layout
         self.version = -1
+        self.stall_s = options.stall_s
+        self._max_wait_s = min(POLL_WAIT_S, self.stall_s / 4)  # of a poll
+        self._start: tuple[Sequence[str], float] = ((), 0.0)  # hosts and deadline of `connect`
         self._loop: asyncio.AbstractEventLoop | None = None
         self._futures: dict[int, asyncio.Future[Completion]] = {}
         self._unsent: list[Request] = []
@@ -66,7 +71,7 @@ class EmbeddedEngine:
         finally:
             self._futures.pop(request.uid, None)
 
-    def can_score(self, temperature: float) -> bool:
+    def can_score(self, sampling: Sampling) -> bool:
         return True
 
     async def abort(self) -> None:
@@ -82,8 +87,15 @@ class EmbeddedEngine:
 
     def connect(self, hosts: Sequence[str], deadline_s: float) -> None:
         """Let the ranks meet on rank 0's host; they serve from then on. hosts: of each rank."""
+        self._start = hosts, deadline_s
         address = self.ranks[0].call("listen", hosts[0], deadline_s=deadline_s)
         call_all(self.ranks, "connect", address, deadline_s=deadline_s)
+
+    def restart(self) -> None:
+        self.close()
+        self.ranks, self.version = self._spawn(), -1
+        self._loop, self._unanswered = None, set()  # forget what the old ones were asked
+        self.connect(*self._start)
 
     def close(self) -> None:
         """End the rank processes; nothing of theirs is worth a goodbye."""
@@ -91,11 +103,11 @@ class EmbeddedEngine:
             rank.kill()
 
     def enter(self, phase: Phase) -> None:
-        call_all(self.ranks, "enter", phase, deadline_s=self.deadline_s)
+        call_all(self.ranks, "enter", phase, deadline_s=self.stall_s)
 
     def held_bytes(self) -> Mapping[str, int]:
         total: dict[str, int] = {}
-        for held in call_all(self.ranks, "held_bytes", deadline_s=self.deadline_s):
+        for held in call_all(self.ranks, "held_bytes", deadline_s=self.stall_s):
             for kind, num_bytes in held.items():
                 total[kind] = total.get(kind, 0) + num_bytes
         return total
@@ -118,7 +130,7 @@ class EmbeddedEngine:
         self.commit(0)
 
     def commit(self, version: int) -> None:
-        call_all(self.ranks, "set_version", version, deadline_s=self.deadline_s)
+        call_all(self.ranks, "set_version", version, deadline_s=self.stall_s)
         self.version = version
 
     def _adopt_loop(self) -> None:
@@ -134,6 +146,7 @@ class EmbeddedEngine:
         """Submit all requests of this turn of the event loop, and see that someone polls."""
         await asyncio.sleep(0)
         self._sender, batch, self._unsent = None, self._unsent, []
+        asked = {r.uid: self._futures[r.uid] for r in batch if r.uid in self._futures}
         try:
             if self._has_strays:
                 await self._call("abort")
@@ -141,33 +154,50 @@ class EmbeddedEngine:
             self._unanswered.update(request.uid for request in batch)
             await self._call("submit", batch)
         except Exception as error:
-            self._fail([request.uid for request in batch], error)
+            await self._fail(asked, error)
             return
         if self._poller is None or self._poller.done():
-            self._poller = asyncio.create_task(self._poll())
+            self._poller = asyncio.create_task(self._poll(self._futures))
 
-    async def _poll(self) -> None:
+    async def _poll(self, futures: dict[int, asyncio.Future[Completion]]) -> None:
         """Resolve futures as completions arrive, until none is left."""
-        while self._futures:
+        loop = asyncio.get_running_loop()
+        num_steps, moved_at = -1, loop.time()
+        while futures:
             try:
-                done = await self._call("poll", POLL_WAIT_S)
+                done = await self._call("poll", self._max_wait_s)
+                steps = num_steps if done else await self._call("num_steps")
+                quiet_s = loop.time() - moved_at
+                if done or steps != num_steps:
+                    num_steps, moved_at = steps, loop.time()
+                elif quiet_s > self.stall_s:
+                    raise EngineError(
+                        f"no step for {quiet_s:.1f} s (rollout.engine.stall_s = "
+                        f"{self.stall_s:g}) with {len(futures)} requests under way"
+                    )
             except Exception as error:
-                self._fail(list(self._futures), error)
+                await self._fail(futures, error)
                 return
             for uid, completion in done:
                 self._unanswered.discard(uid)
-                future = self._futures.pop(uid, None)  # None: given up by its caller
+                future = futures.pop(uid, None)  # None: given up by its caller
                 if future is not None and not future.done():
                     future.set_result(completion)
 
     async def _call(self, method: str, *args: Any) -> Any:
-        deadline_s = max(self.deadline_s, 2 * POLL_WAIT_S)
+        deadline_s = self.stall_s + self._max_wait_s
         return await self.ranks[0].call_async(method, *args, deadline_s=deadline_s)
 
-    def _fail(self, uids: Sequence[int], error: Exception) -> None:
-        for uid in uids:
-            future = self._futures.get(uid)
-            if future is not None and not future.done():
-                failure = EngineError(f"{self.name}: {error}")
+    async def _fail(
+        self, futures: Mapping[int, asyncio.Future[Completion]], error: Exception
+    ) -> None:
+        """Naming, besides, the ranks that are not there any more: they are why another failed."""
+        pings = [rank.call_async("num_steps", deadline_s=PING_S) for rank in self.ranks]
+        answers = await asyncio.gather(*pings, return_exceptions=True)
+        gone = [r.name for r, a in zip(self.ranks, answers, strict=True) if not isinstance(a, int)]
+        silent = f"; no sign of life from {', '.join(gone)}" if gone else ""
+        for future in list(futures.values()):
+            if not future.done():
+                failure = EngineError(f"{self.name}: {error}{silent}")
                 failure.__cause__ = error
                 future.set_exception(failure)

@@ -16,6 +16,7 @@ class EngineOptions:
     max_seq_len: int = 2048  # tokens of a slot: prompt and completion
     prefill_tokens: int = 4096  # most prompt tokens, padding included, read in one step
     timeout_s: float = 120.0  # for a peer rank to reach the next collective
+    stall_s: float = 60.0  # of a step, or of any answer of a rank
 
     def check(self, request: Request, model: NemotronH) -> None:
         """ValueError for a request that can never be served."""

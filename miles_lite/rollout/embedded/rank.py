@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from miles_lite.cluster.rendezvous import TCPStore, open_store
+from miles_lite.cluster.roll import Here
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Bucket, Hosted, Phase
@@ -31,6 +32,7 @@ class EngineRank:
 
     def __init__(self, model: NemotronH, dims: EngineDims, rank: int, options: EngineOptions):
         self.config, self.dims, self.rank, self.options = model, dims, rank, options
+        self.here = Here()
         self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
         self.model = Model(model, dims, rank, self.dtype)
         self.model.allocate(self.device)
@@ -54,6 +56,10 @@ class EngineRank:
             host, port = address.rsplit(":", 1)
             self._store = open_store(host, int(port), self.rank == 0, self.options.timeout_s)
         self.server.start(Comms(self.dims, self.rank, self._store, self.options), self._store)
+
+    def num_steps(self) -> int:
+        """That the model has made: requests under way are getting on. Never waits."""
+        return self.server.num_steps
 
     # --- serving, rank 0 only ---
 
@@ -87,6 +93,7 @@ class EngineRank:
 
     def enter(self, phase: Phase) -> None:
         """Take or drop caches, and on a GPU weights. Waits for the end of requests under way."""
+        self.here.phase = phase.value
         with self.server.paused():
             if phase is Phase.generate:
                 if self.server.version < 0:

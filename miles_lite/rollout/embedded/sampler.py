@@ -15,6 +15,7 @@ from torch import Tensor
 from miles_lite.types import Sampling
 
 DRAW = -1  # in place of a token that is given
+ROWS = 64  # distributions sorted at a time: those of a scored answer are as many as its tokens
 
 
 def draw(
@@ -23,7 +24,8 @@ def draw(
     positions: Sequence[int],
     given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [S] and their log-probs [S] before top-k and top-p, at the request's temperature.
+    """Tokens [S] and their log-probs [S], at the request's temperature and before top-k and top-p
+    unless it wants them `truncated`.
 
     positions: of the drawn token in its sequence, prompt included. Temperature 0 takes the
     likeliest token; its log-prob is that of temperature 1. `given` [S] are taken instead of drawn,
@@ -43,7 +45,10 @@ def draw(
             tokens = torch.where(greedy, logits_S_V.argmax(-1), tokens)
     if given is not None:
         tokens = torch.where(given == DRAW, tokens, given)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    if any(s.truncated for s in samplings):
+        chosen = chosen - log_kept(logprobs, samplings)
+    return tokens, chosen
 
 
 def likeliest(
@@ -65,7 +70,7 @@ def _logprobs(logits_S_V: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _invert_cdf(probs: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
-    if any(s.top_k or s.top_p < 1 for s in samplings):
+    if any(s.truncates for s in samplings):
         probs = probs * kept(probs, samplings)
     # fp64: a running sum over 10^5 tokens in fp32 would misplace the rare ones
     cdf = probs.cumsum(-1, dtype=torch.float64)
@@ -90,6 +95,17 @@ def kept(probs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     in_top_p |= top_p[:, None] >= 1
     in_top_p[:, 0] = True
     return torch.zeros_like(in_top_p).scatter(1, order, in_top_k & in_top_p)
+
+
+def log_kept(logprobs: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Log [S] of the mass that top-k and top-p leave; 0 of requests that do not ask for it."""
+    log_mass = logprobs.new_zeros(len(samplings))
+    asked = [row for row, s in enumerate(samplings) if s.truncated and s.truncates]
+    for start in range(0, len(asked), ROWS):
+        rows = asked[start : start + ROWS]
+        probs = logprobs[rows].exp()
+        log_mass[rows] = (probs * kept(probs, [samplings[row] for row in rows])).sum(-1).log()
+    return log_mass
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:

@@ -15,6 +15,7 @@ peer stays unnoticed, however long the engine idles.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import queue
 import threading
@@ -44,6 +45,7 @@ _NAMES = frozenset(
     + ["builtins.frozenset"]
 )
 Done = list[tuple[int, Completion]]  # uid and completion
+_read = functools.partial(unpickle, names=_NAMES, what="a message among ranks")
 
 ABORT, STOP = 1, 2
 
@@ -98,6 +100,7 @@ class Server:
         self.cache: Cache | None = None  # there during Phase.generate
         self.version = -1
         self.scheduler = Scheduler(options.max_running, options.prefill_tokens)
+        self.num_steps = 0  # in which the model ran, on any rank
         self.failure = ""
         self.listener: Listener | None = None  # then there is nothing to take
         self._inbox: queue.SimpleQueue[list[Request] | frozenset[int] | int] = queue.SimpleQueue()
@@ -191,9 +194,7 @@ class Server:
         cancelled: Collection[int] = ()
         with self._state:
             if num_bytes:
-                dealt, cancelled = unpickle(
-                    self.comms.control.broadcast(requests, num_bytes), _NAMES
-                )
+                dealt, cancelled = _read(self.comms.control.broadcast(requests, num_bytes))
                 mine = self.dims.dp_rank(self.rank)
                 self.scheduler.add(request for group, request in dealt if group == mine)
             self._collect(results, sizes)
@@ -201,6 +202,7 @@ class Server:
                 self._give_up(self.scheduler.abort())
             elif any(counts):
                 self._finish(self._forward(plan, counts))
+                self.num_steps += 1
             if cancelled:  # after the step, whose plan has them in it
                 given_up, moves = self.scheduler.cancel(cancelled)
                 if self.cache is not None:
@@ -250,7 +252,7 @@ class Server:
                 self.comms.control.send(results, 0)
                 self._unsent = []
             elif num_bytes and self.rank == 0:
-                self._deliver(unpickle(self.comms.control.receive(num_bytes, leader), _NAMES))
+                self._deliver(_read(self.comms.control.receive(num_bytes, leader)))
 
     def _forward(self, plan: Plan | None, counts: Sequence[int]) -> list[Running]:
         """Run the model with the other groups and book one token for each sequence of the plan."""

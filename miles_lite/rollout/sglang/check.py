@@ -21,9 +21,8 @@ log = logging.getLogger(__name__)
 
 TESTED = "0.5.23"
 _INSTALL = (
-    "`bash scripts/setup-sglang-cpu.sh` makes one for CPUs, rollout.engine.python="
-    f".venv-sglang/bin/python; for GPUs `pip install sglang=={TESTED}` into an environment of its "
-    "own and name its python"
+    "`bash scripts/setup-sglang-cpu.sh` makes .venv-sglang/bin/python, for CPUs; for GPUs `pip "
+    f"install sglang=={TESTED}` into an environment of its own and name its python"
 )
 
 
@@ -44,12 +43,16 @@ def check(spec: EngineSpec, deadline_s: float) -> Mapping[str, Any]:
 
 
 def check_all(
-    spec: EngineSpec, cases: Sequence[Mapping[str, Any]], deadline_s: float
+    spec: EngineSpec,
+    cases: Sequence[Mapping[str, Any]],
+    deadline_s: float,
+    said: str = "rollout.engine.python =",
 ) -> list[Mapping[str, Any]]:
-    """For each set of options {"resolved": {...}} or {"refused": "why"}, from one process."""
+    """For each set of options {"resolved": {...}} or {"refused": "why"}, from one process. said:
+    where the user names the interpreter."""
     python = spec.python or sys.executable
     if shutil.which(python) is None:
-        raise ConfigError(f"rollout.engine.python = {python}: there is no such program; {_INSTALL}")
+        raise ConfigError(f"{said} {python}: there is no such program; {_INSTALL}")
     try:
         done = subprocess.run(
             (python, "-m", "miles_lite.rollout.sglang.validate"),
@@ -62,14 +65,14 @@ def check_all(
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(
-            f"rollout.engine.python = {python}: SGLang did not say within {deadline_s:g} s "
+            f"{said} {python}: SGLang did not say within {deadline_s:g} s "
             "(cluster.start_timeout_s) what it makes of its options"
         ) from None
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         if "No module named 'sglang'" in last[0]:
-            raise ConfigError(f"rollout.engine.python = {python} has no sglang; {_INSTALL}")
-        raise ConfigError(f"rollout.engine.python = {python} cannot run SGLang: {last[0]}")
+            raise ConfigError(f"{said} {python} has no sglang; {_INSTALL}")
+        raise ConfigError(f"{said} {python} cannot run SGLang: {last[0]}")
     answer = json.loads(done.stdout)
     if answer["version"] != TESTED:
         log.warning("SGLang %s in %s: tested with %s only", answer["version"], python, TESTED)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -25,6 +26,8 @@ from miles_lite.rollout.sglang.client import Client
 from miles_lite.rollout.sglang.launch import Place
 from miles_lite.rollout.sglang.options import EngineSpec
 from miles_lite.types import NO_ROUTING, Completion, Finish, Request, Routing, Sampling
+
+log = logging.getLogger(__name__)
 
 WEIGHTS, CACHE, GRAPHS = "weights", "kv_cache", "cuda_graph"  # SGLang's names for what it may hold
 _HOLDS = {
@@ -43,21 +46,24 @@ class SGLangEngine:
     def __init__(
         self,
         name: str,
-        ranks: Sequence[Remote],
+        spawn: Callable[[], Sequence[Remote]],
         model: tuple[NemotronH, Sequence[Sequence[Param]]],
         spec: EngineSpec,
         log_folder: Path,
         deadline_s: float,
     ) -> None:
-        """model: and what each rank hosts of it. deadline_s: for one completion, and for every
-        other call."""
-        self.name, self.ranks, self.version = name, ranks, -1
+        """spawn: starts the actors of all ranks. model: and what each rank hosts of it.
+        deadline_s: for one completion, and for a whole sync."""
+        self.name, self.version, self.stall_s = name, -1, spec.stall_s
+        self._spawn, self.ranks = spawn, spawn()
+        self._start: tuple[Sequence[str], float] = ((), 0.0)  # hosts and deadline of `connect`
         self._model, self._params = model
         self._spec, self._log_folder = spec, log_folder
         self._deadline_s = deadline_s
         self._held = set(_HOLDS[Phase.generate])  # as a server comes up
         self._cache_bytes = self._graph_bytes = 0  # of all ranks
         self._requests = [0] * spec.dims.dp  # unfinished, by DP rank
+        self._moved_at = 0.0  # when requests were last known to get on, or there were none
         self._heads: list[Remote] = []  # the actors that run a server
         self._client: Client | None = None
         self._update: Future[Any] | None = None  # the call during which weights come in
@@ -70,6 +76,7 @@ class SGLangEngine:
         if self._client is not None:
             self._client.close()
         self._held, self.version, self._update = set(_HOLDS[Phase.generate]), -1, None
+        self._start = hosts, deadline_s
         nodes = list(dict.fromkeys(hosts))
         per_node = len(hosts) // len(nodes)
         if list(hosts) != [node for node in nodes for _ in range(per_node)]:
@@ -94,7 +101,7 @@ class SGLangEngine:
         self._client = Client(self.name, f"http://{nodes[0]}:{port}", api_key)
         self._await_ready(deadline_s)
         call_all(self._heads, "server_is_up", deadline_s=self._deadline_s)
-        self._client.watch(self._why_lost, WATCH_S)
+        self._client.watch(lambda: self._why_lost() or self._why_stuck(), WATCH_S)
         states = self._client.get("/server_info", self._deadline_s)["internal_states"]
         memory = [state["memory_usage"] for state in states]
         per_state = self._spec.dims.tp // len(states)
@@ -132,18 +139,45 @@ class SGLangEngine:
     def _why_lost(self) -> str:
         """ "" while all processes of all servers run."""
         try:
-            reasons = call_all(self._heads, "ended", deadline_s=self._deadline_s)
+            reasons = call_all(self._heads, "ended", deadline_s=self.stall_s)
         except RemoteError as error:  # the actor of a host, and its server with it
             return str(error)
         told = zip(self._heads, reasons, strict=True)
         return "; ".join(f"{head.name}: {reason}" for head, reason in told if reason)
 
+    def _why_stuck(self) -> str:
+        """ "" while requests under way get on, by what its scheduler says of itself. While it works
+        it answers without drawing anything for it."""
+        if any(self._requests) and self._update is None:
+            try:
+                self._http.get("/health_generate", self.stall_s)
+            except EngineError as error:
+                quiet_s = time.monotonic() - self._moved_at
+                stuck = any(self._requests) and quiet_s > self.stall_s
+                return (
+                    f"{self.name}: nothing drawn for {quiet_s:.0f} s (rollout.engine.stall_s = "
+                    f"{self.stall_s:g}): {error}"
+                    if stuck
+                    else ""
+                )
+        self._moved_at = time.monotonic()
+        return ""
+
+    def restart(self) -> None:
+        try:
+            self.close()
+        except RemoteError as error:  # gone already, and its server with it
+            log.info("%s: %s", self.name, error)
+        self.ranks, self._requests = self._spawn(), [0] * self._spec.dims.dp
+        self.connect(*self._start)
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+            self._client = None
         calls = [rank.start("close") for rank in self.ranks]
         try:
-            gather(calls, self._deadline_s)
+            gather(calls, self.stall_s)
         finally:
             for rank in self.ranks:
                 rank.kill()
@@ -182,9 +216,9 @@ class SGLangEngine:
         except ValueError as error:
             raise EngineError(f"{self.name}: request {request.uid}: {error}") from None
 
-    def can_score(self, temperature: float) -> bool:
+    def can_score(self, sampling: Sampling) -> bool:
         """Its server tells log-probs of input tokens at temperature 1, whatever is asked for."""
-        return temperature == 1
+        return sampling.temperature == 1 and not sampling.truncated
 
     async def abort(self) -> None:
         await self._http.call("/abort_request", {"abort_all": True}, self._deadline_s)
@@ -234,7 +268,7 @@ class SGLangEngine:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         try:
-            return self._http.post(path, body, self._deadline_s)
+            return self._http.post(path, body, self.stall_s)
         except EngineError:
             self._check_servers()
             raise
@@ -252,7 +286,7 @@ class SGLangEngine:
         self._end_update()
         self.version = -1
         self._post("/begin_weight_update", {})
-        addresses = call_all(self.ranks, "address_text", deadline_s=self._deadline_s)
+        addresses = call_all(self.ranks, "address_text", deadline_s=self.stall_s)
         self._update = self._http.start(
             "/update_weights_from_tensor",
             {
@@ -264,9 +298,9 @@ class SGLangEngine:
             self._deadline_s,
         )
         waiting = list(self.ranks)
-        end = time.monotonic() + self._deadline_s
+        end = time.monotonic() + self.stall_s
         while waiting:
-            came = call_all(waiting, "accept", POLL_S, deadline_s=self._deadline_s)
+            came = call_all(waiting, "accept", POLL_S, deadline_s=self.stall_s)
             waiting = [rank for rank, is_here in zip(waiting, came, strict=True) if not is_here]
             if waiting and self._update.done():
                 self._check_servers()
@@ -274,7 +308,7 @@ class SGLangEngine:
                 raise EngineError(f"{self.name} took no weights: its loader was not called")
             if waiting and time.monotonic() > end:
                 names = ", ".join(rank.name for rank in waiting)
-                raise EngineError(f"no sync within {self._deadline_s:g} s from: {names}")
+                raise EngineError(f"no sync within {self.stall_s:g} s from: {names}")
 
     def commit(self, version: int) -> None:
         assert self._update is not None, "begin_sync comes first"
@@ -287,16 +321,16 @@ class SGLangEngine:
         update, self._update = self._update, None
         if update is None:
             return
-        end = time.monotonic() + self._deadline_s
+        end = time.monotonic() + self.stall_s
         while True:
-            call_all(self.ranks, "end_sync", POLL_S, deadline_s=self._deadline_s)
+            call_all(self.ranks, "end_sync", POLL_S, deadline_s=self.stall_s)
             try:
                 update.result(POLL_S)
                 break
             except TimeoutError:
                 if time.monotonic() > end:
                     raise EngineError(
-                        f"{self.name} does not come back from a sync within {self._deadline_s:g} s"
+                        f"{self.name} does not come back from a sync within {self.stall_s:g} s"
                     ) from None
         self._post("/end_weight_update", {})
 

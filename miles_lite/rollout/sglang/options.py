@@ -33,6 +33,7 @@ class EngineSpec:
     max_running: int  # requests at once in one DP group
     prefill_tokens: int  # prompt tokens of one prefill batch of one DP group
     seed: int
+    stall_s: float = 60.0  # of its scheduler while requests are under way, or of any answer
     num_nodes: int = 1  # hosts of one engine
     threads: int = 1  # of CPU maths in one process
     return_routed_experts: bool = False
@@ -53,6 +54,7 @@ class EngineSpec:
             max_running=engine.max_running,
             prefill_tokens=engine.prefill_tokens,
             seed=cfg.seed,
+            stall_s=engine.stall_s,
             threads=cfg.cluster.threads_per_rank,
             return_routed_experts=cfg.algo.routing_replay,
             # engines start in other folders; a bare name is looked up in the PATH
@@ -224,15 +226,18 @@ def _chosen(spec: EngineSpec) -> dict[str, Any]:
             # SGLang captures up to the requests of all DP groups together; a graph is of one
             chosen["cuda_graph_max_bs_decode"] = spec.max_running
         return chosen
-    return chosen | {
-        # sized by requests; else by the host's memory, which is not the engine's
-        "max_total_tokens": spec.max_running * (spec.max_seq_len + CONTEXT_SLACK),
-        # Mamba states in the prefix cache are written by CUDA kernels only
-        "disable_radix_cache": True,
-        # torch computes the experts whatever this is, and wants their numbers on its own rank; the
-        # CUDA kernels that SGLang else settles on, even on a CPU, have it number them over all
-        "moe_runner_backend": "triton",
-        "attention_backend": "torch_native",
-        "grammar_backend": "none",  # compiles grammars that nobody asks for
-        "sleep_on_idle": True,  # else an idle engine takes a core from the trainer
-    }
+    # sized by requests; else by the host's memory, which is not the engine's
+    num_tokens = spec.max_running * (spec.max_seq_len + CONTEXT_SLACK)
+    return chosen | ON_CPU | {"max_total_tokens": num_tokens}
+
+
+ON_CPU: dict[str, Any] = {
+    # Mamba states in the prefix cache are written by CUDA kernels only
+    "disable_radix_cache": True,
+    # torch computes the experts whatever this is, and wants their numbers on its own rank; the
+    # CUDA kernels that SGLang else settles on, even on a CPU, have it number them over all
+    "moe_runner_backend": "triton",
+    "attention_backend": "torch_native",
+    "grammar_backend": "none",  # compiles grammars that nobody asks for
+    "sleep_on_idle": True,  # else an idle engine takes a core from the trainer
+}

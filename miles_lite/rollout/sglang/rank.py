@@ -27,6 +27,7 @@ import psutil
 
 from miles_lite import log
 from miles_lite.cluster.network import ephemeral_range
+from miles_lite.cluster.roll import Here
 from miles_lite.protocols import Bucket, EngineError
 from miles_lite.rollout.layout import Param
 from miles_lite.rollout.sglang.launch import Place, launch
@@ -44,6 +45,7 @@ class SGLangRank:
 
     def __init__(self, name: str, spec: EngineSpec, params: Sequence[Param], timeout_s: float):
         log.setup("engine", -1)
+        self._here = Here()
         self._name, self._spec, self._timeout_s = name, spec, timeout_s
         self._params = params
         self._routes: list[Route] = []

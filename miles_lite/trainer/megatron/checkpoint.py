@@ -15,7 +15,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -37,6 +37,14 @@ from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import Optimizer
 from miles_lite.weights.torch_dist import DistCheckpoint
 
+# torch.load then refuses all but tensors and plain values
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# what numpy's random state is pickled as
+_OF_NUMPY = [
+    *(numpy._core.multiarray._reconstruct, numpy.ndarray),  # pyright: ignore
+    *(numpy.dtype, numpy.dtypes.UInt32DType),
+]
+
 
 def save(
     folder: Path,
@@ -46,17 +54,18 @@ def save(
     writer: Writer,
 ) -> None:
     """Write this rank's part. Collective over all ranks; `folder` is there and empty. Weights and
-    optimizer are there only when `writer` has finished."""
+    optimizer are there only when `writer` has finished, the reference when this returns: all that
+    Megatron writes meanwhile reports to one queue, where two folders would take each other's."""
     rank = dist.get_rank()
     for name in ("policy", "random", *(["reference"] if reference else [])):
         if rank == 0:
             (folder / name).mkdir()
     dist.barrier()
-    state = {**_policy(ddp, optimizer, loading=False), "updates": optimizer.num_updates}
-    writer.write(state, folder / "policy")
     if reference:
         with _weights_of(ddp, reference):
-            writer.write({"model": _weights(ddp)}, folder / "reference")
+            Writer(asynchronous=False).write({"model": _weights(ddp)}, folder / "reference")
+    state = {**_policy(ddp, optimizer, loading=False), "updates": optimizer.num_updates}
+    writer.write(state, folder / "policy")
     torch.save(_random_state(), folder / "random" / f"rank_{rank:05d}.pt")
 
 
@@ -94,7 +103,8 @@ def load(
     optimizer.load_state(loaded["optimizer"], int(loaded["updates"]))
     mine = folder / "random" / f"rank_{dist.get_rank():05d}.pt"
     if same_layout:
-        _set_random_state(torch.load(mine, weights_only=True))
+        with torch.serialization.safe_globals(_OF_NUMPY):
+            _set_random_state(torch.load(mine, weights_only=True))
 
 
 # ------------------------------------------------------------------ torch_dist
@@ -156,12 +166,16 @@ class Writer:
 
 
 def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Megatron and torch unpickle whatever a checkpoint holds: so `.metadata` is looked at first,
+    and no other file may name a function."""
+    DistCheckpoint(folder)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _dp_group())
-    DistCheckpoint(folder)  # refuses an index that is more than data: torch would execute it
-    # and so it would what it finds in the chunks of objects, whose reader says weights_only=False
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    loaded: Any = dist_checkpointing.load(state, str(folder), strategy)
-    return loaded
+    before = os.environ.get(_WEIGHTS_ONLY, "")
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        return cast(dict[str, Any], dist_checkpointing.load(state, str(folder), strategy))
+    finally:
+        os.environ[_WEIGHTS_ONLY] = before
 
 
 def _dp_group() -> Any:

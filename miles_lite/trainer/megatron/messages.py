@@ -8,6 +8,7 @@ from pathlib import Path
 from miles_lite.config import AlgoConfig, OptimConfig, TrainConfig
 from miles_lite.metrics import Partial
 from miles_lite.parallel import ParallelDims
+from miles_lite.protocols import TokenValues
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,5 +32,5 @@ class RankReport:
     """What one rank saw of a step. Only ranks that compute losses fill it."""
 
     partials: dict[str, Partial]
-    logprobs: dict[int, list[float]]  # sample -> log-probs before the first update
-    entropies: dict[int, list[float]]  # and the entropies of the same distributions
+    logprobs: TokenValues  # before the first update
+    entropies: TokenValues  # of the same distributions

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as groups
@@ -22,6 +23,7 @@ from miles_lite.algo.drift import first_log_ratio, rollout_drift, update_drift
 from miles_lite.algo.losses import LogProbs, LossSettings, policy_loss, responses
 from miles_lite.config import AlgoConfig
 from miles_lite.metrics import ABS_DIFF, Max, Mean, Partial, Sum, merge
+from miles_lite.protocols import TokenValues
 from miles_lite.trainer.megatron.forward import forward_step, packed
 from miles_lite.trainer.megatron.messages import RankReport
 from miles_lite.trainer.megatron.model import unwrap
@@ -98,17 +100,15 @@ class Step:
         for frozen, param in zip(self._reference, params, strict=True):
             frozen.copy_(param.data)
 
-    def score(
-        self, micro_batches: Sequence[MicroBatch], replayed: bool = False
-    ) -> dict[int, list[float]]:
-        """Sample -> log-probs of its response tokens under the policy as it is, its own routing
+    def score(self, micro_batches: Sequence[MicroBatch], replayed: bool = False) -> TokenValues:
+        """Log-probs of the answers under the policy as it is, its own routing
         included unless the engine's is replayed."""
         logprobs = _logprobs(self._forward_only(micro_batches, replayed))
         return _by_sample([micro_batches], [logprobs]) if self._reports else {}
 
     def look_inside(
         self, micro_batch: MicroBatch
-    ) -> tuple[list[float], list[torch.Tensor], list[float]]:
+    ) -> tuple[np.ndarray, list[torch.Tensor], list[float]]:
         """With routes replayed: log-probs of the first sequence, fp32 hidden states [T, H] behind
         each layer, and the share of tokens each router would have sent elsewhere. Of one rank that
         is the whole trainer."""
@@ -318,11 +318,12 @@ def _logprobs(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [output[0] for output in outputs]
 
 
-def _by_sample(share: Share, rows: list[list[torch.Tensor]]) -> dict[int, list[float]]:
+def _by_sample(share: Share, rows: list[list[torch.Tensor]]) -> TokenValues:
     found = {}
     for micro_batches, outputs in zip(share, rows, strict=True):
         for micro_batch, values in zip(micro_batches, outputs, strict=True):
             lengths = [sequence.response_len for sequence in micro_batch.sequences]
-            for sequence, one in zip(micro_batch.sequences, values.split(lengths), strict=True):
-                found[sequence.sample] = one.tolist()
+            parts = values.float().cpu().split(lengths)
+            for sequence, one in zip(micro_batch.sequences, parts, strict=True):
+                found[sequence.sample] = one.numpy()
     return found

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from miles_lite import log
 from miles_lite.cluster.rendezvous import open_store
-from miles_lite.intact import file_digest
+from miles_lite.cluster.roll import Here
+from miles_lite.intact import file_digest, writing
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.orphan import bind_forks
-from miles_lite.protocols import Hosted, Phase
+from miles_lite.protocols import Hosted, Phase, TokenValues
 from miles_lite.trainer.megatron import setup
 from miles_lite.trainer.megatron.messages import WorkerSpec
 from miles_lite.types import MicroBatch
@@ -30,6 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class MegatronWorker:
     def __init__(self, spec: WorkerSpec, rank: int) -> None:
         log.setup("trainer", rank)
+        self._here = Here()
         bind_forks()  # Megatron forks writers of checkpoints, which wait for theirs for ever
         # of every rank, at every start: what is not installed, what torch will rename one day
         warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
@@ -114,19 +117,20 @@ class MegatronWorker:
 
     def enter(self, phase: Phase) -> dict[str, int]:
         """Free or take memory as `phase` says; bytes held afterwards by kind."""
+        self._here.phase = phase.value
         self._memory.enter(phase)
         return self.held_bytes()
 
     def held_bytes(self) -> dict[str, int]:
         return self._memory.held_bytes()
 
-    def score(self, micro_batches: Sequence[MicroBatch]) -> dict[int, list[float]]:
+    def score(self, micro_batches: Sequence[MicroBatch]) -> TokenValues:
         """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
         return self._step.score(micro_batches)
 
     def look_inside(
         self, micro_batch: MicroBatch
-    ) -> tuple[list[float], list[torch.Tensor], list[float]]:
+    ) -> tuple[np.ndarray, list[torch.Tensor], list[float]]:
         """See Step.look_inside."""
         return self._step.look_inside(micro_batch)
 
@@ -138,19 +142,25 @@ class MegatronWorker:
         Asynchronously, the state of this moment is written by a process forked off, until
         `finish_save`.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
+
         from miles_lite.trainer.megatron import checkpoint
 
         self._memory.take_optimizer()
         writer = checkpoint.Writer(asynchronous)
-        checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
+        self._writing = lambda: writing(folder, CheckpointException)
+        with self._writing():
+            checkpoint.save(folder, self._ddp, self._optimizer, self._reference, writer)
         self._writer = writer
 
     def finish_save(self) -> None:
         """Collective: all ranks have written all of it when this returns."""
-        self._writer.finish()
+        with self._writing():
+            self._writer.finish()
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Go on from a checkpoint that ranks of any layout wrote. Raises ValueError."""
+
         from miles_lite.trainer.megatron import checkpoint
 
         self._memory.take_optimizer()
@@ -200,4 +210,5 @@ class MegatronWorker:
             for tensor, start, offset, count in iter_segments(hosted):
                 if (tensor, start, start + count) in mine:
                     rows = self._weights[hosted.param].narrow(hosted.dim, offset, count)
-                    writer.write(tensor, hosted.dim, start, rows)
+                    with writing(folder):
+                        writer.write(tensor, hosted.dim, start, rows)

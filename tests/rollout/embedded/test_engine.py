@@ -40,7 +40,9 @@ class LocalRank:
 def engine(tiny: Tiny, start: StartRank, monkeypatch: pytest.MonkeyPatch) -> EmbeddedEngine:
     monkeypatch.setattr(engine_module, "POLL_WAIT_S", 0.5)
     rank = start(max_seq_len=4096)
-    return EmbeddedEngine("engine 0", [LocalRank(rank)], (tiny.model, ONE), rank.options, 30.0)
+    return EmbeddedEngine(
+        "engine 0", lambda: [LocalRank(rank)], (tiny.model, ONE), rank.options, 30.0
+    )
 
 
 def batch(first: int, number: int) -> list[Request]:

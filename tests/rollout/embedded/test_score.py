@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from miles_lite.types import Completion, Finish, Request
 from tests.rollout.embedded.helpers import SAMPLED, StartRank, Tiny, random_prompt, run
@@ -42,6 +43,24 @@ def test_an_answer_is_scored_whole_and_the_last_stop_token_ends_it(start: StartR
     sampling = replace(HOT, max_new_tokens=3, stop_token_ids=(7,))
     (done,) = run(rank, [Request(1, random_prompt(4, 0), sampling, answer)]).values()
     assert done.tokens == answer and len(done.logprobs) == 3 and done.finish is Finish.stop
+
+
+def test_log_probs_among_the_kept_tokens_are_those_of_a_smaller_distribution(
+    tiny: Tiny, start: StartRank
+) -> None:
+    """Against transformers' own top-k and top-p; and only for requests that ask for them."""
+    rank, prompt = start(), random_prompt(6, 1)
+    cut = replace(HOT, top_k=20, top_p=0.6)
+    (drawn,) = run(rank, [Request(1, prompt, cut)]).values()
+    asked = scored(Request(1, prompt, replace(cut, truncated=True)), drawn, 2)
+    done = run(rank, [asked, scored(Request(1, prompt, cut), drawn, 3)])
+    logits = tiny.logits(prompt + drawn.tokens)[len(prompt) - 1 : -1] / 0.7
+    for warper in (TopKLogitsWarper(20), TopPLogitsWarper(0.6)):
+        logits = warper(torch.tensor([[0]]), logits)
+    want = torch.log_softmax(logits, -1).gather(1, torch.tensor(drawn.tokens)[:, None])[:, 0]
+    assert done[2].logprobs == pytest.approx(want.tolist(), abs=1e-4)
+    assert done[3].logprobs == pytest.approx(drawn.logprobs, abs=1e-4)
+    assert min(a - b for a, b in zip(done[2].logprobs, drawn.logprobs, strict=True)) > 0.1
 
 
 def test_an_answer_of_another_length_is_refused(start: StartRank) -> None:

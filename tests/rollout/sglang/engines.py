@@ -93,11 +93,15 @@ def started(
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR")
     try:
         actor = ray.remote(SGLangRank).options(num_cpus=0, max_concurrency=4)
-        ranks = []
-        for rank in range(dims.tp):
-            name = f"engine 0 rank {rank}"
-            ranks.append(Remote(name, actor.remote(name, engine_spec, held[rank], DEADLINE_S)))
-        engine = SGLangEngine("engine 0", ranks, (model, held), engine_spec, log_folder, DEADLINE_S)
+
+        def spawn() -> list[Remote]:
+            names = [f"engine 0 rank {rank}" for rank in range(dims.tp)]
+            return [
+                Remote(name, actor.remote(name, engine_spec, hosted, DEADLINE_S))
+                for name, hosted in zip(names, held, strict=True)
+            ]
+
+        engine = SGLangEngine("engine 0", spawn, (model, held), engine_spec, log_folder, DEADLINE_S)
         try:
             engine.connect(["127.0.0.1"] * dims.tp, START_S)
             yield engine

@@ -97,7 +97,9 @@ def test_a_prefill_scores_what_was_decoded(pair: Pair, tiny: Tiny) -> None:
     """With the experts of all tokens, beside requests that draw."""
     engine, trainer = pair
     serving(engine, trainer, 7)
-    assert engine.can_score(1.0) and not engine.can_score(0.7)
+    plain = REQUESTS[0].sampling
+    for changes, can in (({}, True), ({"temperature": 0.7}, False), ({"truncated": True}, False)):
+        assert engine.can_score(replace(plain, **({"temperature": 1.0} | changes))) is can
     drawing = [r for r in REQUESTS if r.sampling.temperature == 1]
     drawn = ask(engine, [replace(r, sampling=_telling(r.sampling)) for r in drawing])
     scoring = [
@@ -293,10 +295,8 @@ def test_a_rank_killed_in_a_sync_is_named_and_the_engine_comes_up_again(pair: Pa
     engine.begin_sync(13)
     victim = _schedulers()[-1]
     victim.kill()
-    with pytest.raises(
-        RuntimeError, match=r"engine 0 rank \d failed in 'load_bucket': .*went away"
-    ):
-        trainer._sender.send(60)
+    lost = trainer._sender.send(60).lost.values()
+    assert any("failed in 'load_bucket'" in why and "went away" in why for why in lost), lost
     engine.connect(["127.0.0.1"] * engine._spec.dims.tp, 400)
     serving(engine, trainer, 14)
     assert ask(engine, [replace(REQUESTS[0], uid=800)])[0].version == 14
