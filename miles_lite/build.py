@@ -18,7 +18,6 @@ from miles_lite.algo.packing import PackSettings
 from miles_lite.algo.routing import RouterSizes
 from miles_lite.cluster import session
 from miles_lite.cluster.actor import Remote, spawn
-from miles_lite.cluster.network import interface_env
 from miles_lite.cluster.placement import Bundle, check_groups, groups_of_neighbours
 from miles_lite.config import Config, ConfigError, RewardConfig
 from miles_lite.data.prompts import PromptSource
@@ -274,8 +273,7 @@ class Spot:
 
 
 def _environment(cfg: Config) -> dict[str, str]:
-    env = {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
-    return env | (interface_env("127.0.0.1") if cfg.cluster.address == "local" else {})
+    return {"OMP_NUM_THREADS": str(cfg.cluster.threads_per_rank)}
 
 
 def _spots(cfg: Config, bundles: Sequence[Bundle], device: str, log_folder: Path) -> list[Spot]:

@@ -24,9 +24,10 @@ fi
 make_venv
 if [[ -n "${MILES_LITE_LOCKED:-}" ]]; then
     say "installing the files of $(basename "$lock") by their hashes: some minutes"
-    pip install -qq --no-compile --require-hashes --no-deps --requirement "$lock"
-    say "torch by its version alone: its hash depends on the index that pip has it from"
-    install_torch "$constraints" --no-deps
+    sed -n '/^setuptools==/,/[^\\]$/p' "$lock" | pip install -qq --require-hashes --no-deps -r /dev/stdin
+    pip install -qq --no-compile --no-build-isolation --require-hashes --no-deps -r "$lock"
+    say "torch, with the libraries of a CUDA build, by version alone: see scripts/lock.sh"
+    install_torch "$constraints"
     pip install -qq --no-compile --no-deps --no-build-isolation --editable "$project"
     pip check
 else

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,6 @@ import pytest
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.redact import HIDDEN, redacted, redacted_settings
 from miles_lite.unpickle import unpickle
-from miles_lite.weights.torch_dist import DistCheckpoint
 
 PROJECT = Path(__file__).resolve().parent.parent
 CODE = ("miles_lite", "rewards", "scripts", "tools")
@@ -114,9 +115,6 @@ class Hostile:
 
 def test_a_pickle_that_calls_is_refused_before_it_does(tmp_path: Path) -> None:
     hostile = pickle.dumps({"weights": Hostile(tmp_path / "executed")})
-    (tmp_path / ".metadata").write_bytes(hostile)
-    with pytest.raises(ValueError, match=r"names '\w+\.Path\.touch'|names '\w+\.getattr'"):
-        DistCheckpoint(tmp_path)
     with pytest.raises(pickle.UnpicklingError):
         unpickle(hostile, {"pathlib.Path", "pathlib.PosixPath"}, "a test")
     assert not (tmp_path / "executed").exists()
@@ -180,7 +178,7 @@ class Observed:
     folder: Path
     listeners: dict[str, set[str]] = field(default_factory=dict)  # by address, who
     phases: set[str] = field(default_factory=set)
-    stranger: str = ""  # what Ray said to somebody without the token
+    strangers: tuple[str, ...] = ()  # what Ray said without the token, and with another
     friend: str = ""
     token: str = ""
     token_mode: int = 0
@@ -195,10 +193,10 @@ def _listening(process: psutil.Process) -> list[tuple[str, int]]:
         return []
 
 
-def _ask(address: str, **env: str) -> str:
+def _ask(address: str, env: Mapping[str, str]) -> str:
     command = [sys.executable, "-c", STRANGER, address]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(command, capture_output=True, text=True, env=clean | env, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=clean | env, timeout=120)
     return done.stdout + done.stderr
 
 
@@ -212,15 +210,18 @@ def _look(seen: Observed, driver: psutil.Process) -> None:
         seen.phases.add(name)
         for address, port in _listening(process):
             seen.listeners.setdefault(address, set()).add(name or str(process.cmdline()))
-            if environment and not seen.friend:
+            # not before Ray is up: asking takes its time
+            is_up = any(phase.startswith("ray::MegatronWorker") for phase in seen.phases)
+            if environment and is_up and not seen.friend:
                 path = Path(environment["RAY_AUTH_TOKEN_PATH"])
                 seen.token, seen.token_mode = path.read_text(), path.stat().st_mode & 0o777
                 where, empty = f"{address.removeprefix('::ffff:')}:{port}", str(seen.folder.parent)
                 token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-                seen.friend = _ask(where, **token)
-                seen.stranger = _ask(where, RAY_AUTH_MODE="disabled", HOME=empty)
                 wrong = token | {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 64}
-                seen.stranger += _ask(where, **wrong)
+                none = {"RAY_AUTH_MODE": "disabled", "HOME": empty}
+                with ThreadPoolExecutor() as pool:
+                    seen.friend, *strangers = pool.map(partial(_ask, where), [token, none, wrong])
+                seen.strangers = tuple(strangers)
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +267,10 @@ def test_everything_listens_on_loopback(run: Observed) -> None:
 
 @pytest.mark.slow
 def test_ray_of_a_run_talks_to_nobody_else(run: Observed) -> None:
-    assert re.fullmatch(r"\d node\n", run.friend)  # "0" until the host has joined
-    assert not re.search(r"\d node", run.stranger)
-    assert len(re.findall(r"UNAUTHENTICATED|[Uu]nauthenticated|AuthenticationError", run.stranger))
+    assert run.friend == "1 node\n"
+    assert len(run.strangers) == 2
+    for said in run.strangers:
+        assert not re.search(r"\d node", said) and re.search(r"(?i)unauthenticated", said), said
     assert len(run.token) == 64 and run.token_mode == 0o600
 
 

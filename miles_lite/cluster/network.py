@@ -55,6 +55,31 @@ def listening(first: int, last: int) -> dict[int, str]:
     }
 
 
+def open_ray() -> dict[str, bool]:
+    """Directories (GCS) and dashboards of Ray that run for whoever can reach this host, since they
+    want no token: who and where, and whether that is an address of the internet."""
+    found: dict[str, bool] = {}
+    for entry in psutil.net_connections("tcp"):
+        if not (entry.laddr and entry.pid and entry.status == psutil.CONN_LISTEN):
+            continue
+        where = ipaddress.ip_address(entry.laddr.ip.removeprefix("::ffff:"))
+        if not where.is_loopback and _runs_for_anybody(entry.pid):
+            reached = addresses() if where.is_unspecified else [str(where)]
+            told = f"{_process(entry.pid)} at {where}:{entry.laddr.port}"
+            found[told] = any(ipaddress.ip_address(each).is_global for each in reached)
+    return found
+
+
+def _runs_for_anybody(pid: int) -> bool:
+    try:
+        process = psutil.Process(pid)
+        words = " ".join(process.cmdline()[:3])
+        what = "gcs_server" in words or "ray/dashboard/dashboard.py" in words
+        return what and process.environ().get("RAY_AUTH_MODE") != "token"
+    except psutil.Error:  # it has just ended, or is another user's
+        return False
+
+
 def _process(pid: int | None) -> str:
     if pid is None:
         return "a process of another user"

@@ -17,6 +17,7 @@ from ray._private import ray_constants
 from ray.util.placement_group import remove_placement_group
 
 from miles_lite.cluster import CPU_DEVICE, roll
+from miles_lite.cluster.network import interface_env
 from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.cluster.token import TOKEN, token_env, write_token
 from miles_lite.cluster.watch import watched
@@ -86,14 +87,15 @@ def _kept_to_ourselves() -> Iterator[None]:
     machine may read. It takes loopback for this host's address where it knows that there can be no
     other host, as on a Mac; asked for 127.0.0.1 outright it takes another.
     """
-    before = {name: os.environ.get(name) for name in TOKEN}
+    ours = interface_env("127.0.0.1")  # gloo's
+    before = {name: os.environ.get(name) for name in (*TOKEN, *ours)}
     multi_host = ray_constants.ENABLE_RAY_CLUSTER
     with tempfile.TemporaryDirectory(prefix="miles-lite-") as folder:  # of mode 0700
         token = Path(folder) / "token"
         write_token(token)
         try:
             ray_constants.ENABLE_RAY_CLUSTER = False
-            _set_env(dict.fromkeys(TOKEN) | token_env(token))
+            _set_env(ours | dict.fromkeys(TOKEN) | token_env(token))
             yield
         finally:
             ray_constants.ENABLE_RAY_CLUSTER = multi_host

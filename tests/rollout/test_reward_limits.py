@@ -60,7 +60,7 @@ def test_a_worker_has_no_network_no_secrets_and_dumps_no_core(
     file.write_text(SOURCE)
     found = verdicts(file, ["internet", "service of the host", "child", "secrets", "core"])
     refused = Verdict(0.0, "error: PermissionError")
-    assert found == [refused, refused, Verdict(0.0), Verdict(0.0), Verdict(0.0)]
+    assert found == [refused, refused, *[Verdict(0.0, "")] * 3]
 
 
 def test_a_file_that_asks_has_the_network_and_an_option_the_key_that_it_names(
@@ -70,7 +70,7 @@ def test_a_file_that_asks_has_the_network_and_an_option_the_key_that_it_names(
     file.write_text(SOURCE + "NETWORK = True\n")
     with socket.create_server(("127.0.0.1", 0)) as server:
         options = {"key_env": "JUDGE_KEY_API_KEY", "port": server.getsockname()[1]}
-        assert verdicts(file, ["internet", "secrets"], **options) == [Verdict(1.0), Verdict(1.0)]
+        assert verdicts(file, ["internet", "secrets"], **options) == [Verdict(1.0, "")] * 2
 
 
 def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
