@@ -9,14 +9,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.redact import HIDDEN, redacted, redacted_settings
@@ -132,6 +136,49 @@ def test_a_meeting_point_listens_where_it_was_told_to() -> None:
     assert store.get("key") == b"value"
 
 
+# ------------------------------------------------------------------ dependencies
+
+
+def needed(requirements: Iterable[str]) -> set[str]:
+    """Names of these and of all below them, as they are installed here."""
+    seen, todo = set[tuple[str, str]](), [(Requirement(text), "") for text in requirements]
+    while todo:
+        wanted, extra = todo.pop()
+        if wanted.marker and not wanted.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(wanted.name)
+        for inner in {(name, each) for each in ("", *wanted.extras)} - seen:
+            seen.add(inner)
+            todo += [(Requirement(text), inner[1]) for text in metadata.requires(name) or []]
+    return {name for name, _ in seen}
+
+
+def test_the_lock_has_every_package_that_is_installed_by_it_with_hashes() -> None:
+    entries = re.findall(
+        r"^([\w.-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+        (lock := (PROJECT / "scripts/cpu.lock").read_text()),
+        re.MULTILINE,
+    )
+    assert len(entries) == lock.count("==")  # all are pinned, and by hashes
+    locked = {canonicalize_name(name): version for name, version, _ in entries}
+    pinned = re.findall(
+        r"^([\w.-]+)==(\S+)$", (PROJECT / "scripts/constraints-cpu.txt").read_text(), re.MULTILINE
+    )
+    torch_version = dict(pinned).pop("torch")
+    assert locked == {canonicalize_name(n): v for n, v in pinned if n != "torch"}
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    setup = (PROJECT / "scripts/setup.sh").read_text()
+    extras = re.findall(r'^extras="(.*)"$', setup, re.MULTILINE)[0].split(",")
+    wanted = list(project["project"]["dependencies"])
+    for extra in extras:
+        wanted += project["project"]["optional-dependencies"][extra]
+    found = needed(wanted)
+    assert len(found) > 100 and found - locked.keys() == {"torch"}
+    for requirement in map(Requirement, [*wanted, *project["build-system"]["requires"]]):
+        version = locked.get(canonicalize_name(requirement.name), torch_version)
+        assert version in requirement.specifier, requirement
+
+
 # ------------------------------------------------------------------ secrets
 
 
@@ -163,6 +210,7 @@ PLANTED = {
     "HF_TOKEN": "hf_plantedplantedplanted0123",
     "MY_PASSWORD": "planted-in-the-environment",
 }
+RUN_S = 600  # a minute on a machine that does nothing else
 STRANGER = """
 import sys
 from ray._raylet import Config, GcsClient
@@ -193,7 +241,7 @@ def _listening(process: psutil.Process) -> list[tuple[str, int]]:
         return []
 
 
-def _ask(address: str, env: Mapping[str, str]) -> str:
+def _ask(address: str, env: dict[str, str]) -> str:
     command = [sys.executable, "-c", STRANGER, address]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(command, capture_output=True, text=True, env=clean | env, timeout=120)
@@ -244,7 +292,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
             stderr=output,
             env={**os.environ, **PLANTED, "OMP_NUM_THREADS": "1"},
         )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + RUN_S
     while process.poll() is None:
         if time.monotonic() > deadline:
             process.kill()
@@ -252,13 +300,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
             _look(seen, psutil.Process(process.pid))
         except psutil.NoSuchProcess:
             break
-        time.sleep(0.1)
+        time.sleep(0.2)
     seen.output = log.read_text()
     assert process.wait() == 0, seen.output[-3000:]
     return seen
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(RUN_S + 60)
 def test_everything_listens_on_loopback(run: Observed) -> None:
     assert {"ray::MegatronWorker.step", "ray::EngineRank.poll"} <= run.phases  # we looked often
     assert any("gcs_server" in name for names in run.listeners.values() for name in names)
@@ -266,6 +315,7 @@ def test_everything_listens_on_loopback(run: Observed) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(RUN_S + 60)
 def test_ray_of_a_run_talks_to_nobody_else(run: Observed) -> None:
     assert run.friend == "1 node\n"
     assert len(run.strangers) == 2
@@ -275,6 +325,7 @@ def test_ray_of_a_run_talks_to_nobody_else(run: Observed) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(RUN_S + 60)
 def test_no_secret_lies_in_the_run_folder_or_the_output(run: Observed) -> None:
     secrets = [*PLANTED.values(), "planted-as-an-option", "planted-in-a-url", run.token]
     files = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}

@@ -48,6 +48,12 @@ def open_session(
     with contextlib.ExitStack() as stack:
         if local:
             stack.enter_context(_kept_to_ourselves())
+        elif os.environ.get("RAY_AUTH_MODE") != "token":
+            log.warning(
+                "the Ray at %s is asked without a token: if it wants none, it runs the code of "
+                "whoever reaches it; SECURITY.md says more",
+                cluster.address,
+            )
         _start(cluster, num_devices if local and device == "cpu" else 0)
         stack.callback(ray.shutdown)
         stack.enter_context(watched(lost))

@@ -4,6 +4,7 @@ whoever it believes. Generated for each run, never logged; who can read its file
 
 from __future__ import annotations
 
+import hmac
 import os
 import secrets
 from pathlib import Path
@@ -23,3 +24,8 @@ def write_token(path: Path) -> str:
 def token_env(path: Path) -> dict[str, str]:
     """For Ray and everybody who talks to it; RAY_AUTH_TOKEN, if set, would win over the file."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def proof(token: str, address: str) -> str:
+    """That the host of this address knows the token, without saying it."""
+    return hmac.digest(token.encode(), address.encode(), "sha256").hex()

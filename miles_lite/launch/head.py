@@ -85,7 +85,8 @@ class Head:
 
     async def _lead(self) -> int:
         settings, ports = self._settings, self._settings.ports
-        roster = Roster(self._own, self._wanted(), self._welcome())
+        token = write_token(self._token)
+        roster = Roster(self._own, self._wanted(), self._welcome(token), token)
         server = await asyncio.start_server(
             roster.serve, settings.address, ports.meeting, limit=1 << 20
         )
@@ -159,12 +160,11 @@ class Head:
         before = json.loads(file.read_text()) if file.is_file() else []
         return Wanted(self._num_hosts, self._settings.hosts, self._num_gpus, tuple(before))
 
-    def _welcome(self) -> dict[str, object]:
+    def _welcome(self, token: str) -> dict[str, object]:
         """What a worker must be able to see: also a file that was not there a second ago."""
-        secret = write_token(self._token)
         return {
             "token": str(self._token),
-            "digest": hashlib.sha256(secret.encode()).hexdigest(),
+            "digest": hashlib.sha256(token.encode()).hexdigest(),
             "paths": [str(self._model)],
             "folder": os.getcwd(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles_lite.cluster.token import proof
 from miles_lite.console import seconds
 from miles_lite.launch.facts import Facts, differences
 from miles_lite.launch.preflight import LaunchError
@@ -39,8 +41,8 @@ class Wanted:
 class Roster:
     """Serves workers in the background of the head's event loop."""
 
-    def __init__(self, own: Facts, wanted: Wanted, welcome: Mapping[str, Any]) -> None:
-        self._own, self._wanted, self._welcome = own, wanted, welcome
+    def __init__(self, own: Facts, wanted: Wanted, welcome: Mapping[str, Any], token: str) -> None:
+        self._own, self._wanted, self._welcome, self._token = own, wanted, welcome, token
         self._members: dict[str, Member] = {}  # by address
         self._started = False  # from then on nobody may be lost
         self._changed = asyncio.Event()
@@ -80,6 +82,10 @@ class Roster:
         kind, values = await wire.receive()
         if kind != "ready":
             _say(f"{facts.name} cannot join: {values.get('why')}")
+            return None
+        right = proof(self._token, facts.address).encode()
+        if not hmac.compare_digest(str(values.get("proof")).encode(), right):
+            await self._refuse(wire, facts.name, ["it does not know the token of the run"])
             return None
         if facts.address in self._members or self._started or not self._missing():
             await self._refuse(wire, facts.name, ["all hosts are there already"])

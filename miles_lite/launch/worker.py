@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.cluster.network import addresses
+from miles_lite.cluster.token import proof
 from miles_lite.launch.child import GRACE_S, RayNode, resources
 from miles_lite.launch.facts import Facts
 from miles_lite.launch.head import Settings
@@ -141,7 +142,7 @@ class _Visit:
         self._token = Path(welcome["token"])
         os.chdir(welcome["folder"])  # relative paths of the run are meant from there
         print(f"launch: ready, as {self._wire.own}; waiting for the other hosts", flush=True)
-        await self._wire.send("ready")
+        await self._wire.send("ready", proof=proof(self._token.read_text(), self._wire.own))
 
     async def _join(self, go: Mapping[str, Any]) -> None:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -168,7 +169,8 @@ def _hand_over(folder: Path, options: argparse.Namespace, api_key: str, device: 
             threads=options.threads,
             python=options.python,
         )
-        launch = Launch.of(spec.python, environment(spec), chosen, api_key)
+        nobodys = secrets.token_hex(32)
+        launch = Launch.of(spec.python, environment(spec), chosen, api_key, nobodys)
         print(" ".join(launch.argv), "<<<", json.dumps(chosen), flush=True)
         if options.print_command:
             return

@@ -15,6 +15,7 @@ import pytest
 
 from miles_lite import cli
 from miles_lite.cluster.network import addresses, ephemeral_range, interface_env
+from miles_lite.cluster.token import proof
 from miles_lite.environment import PROJECT, code_digests
 from miles_lite.launch import preflight
 from miles_lite.launch.facts import Facts
@@ -42,7 +43,7 @@ async def meet(
     wanted: Wanted, *messages: tuple[str, Mapping[str, Any]]
 ) -> tuple[list[tuple[str, dict[str, Any]]], Roster]:
     """Say so many things to a head; what it answers, until it closes or is silent for a second."""
-    roster = Roster(HEAD, wanted, {"token": "/nowhere"})
+    roster = Roster(HEAD, wanted, {"token": "/nowhere"}, TOKEN)
     server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
     wire = Wire(*await asyncio.open_connection(*server.sockets[0].getsockname()))
     heard = []
@@ -59,6 +60,8 @@ async def meet(
 
 
 ANY = Wanted(2, (), 0, ())
+TOKEN = "of-this-run"
+KNOWS = {"proof": proof(TOKEN, "127.0.0.1")}
 
 
 @pytest.mark.parametrize(
@@ -86,15 +89,22 @@ def test_a_host_is_refused(changes: dict[str, Any], wanted: Wanted, why: str) ->
 
 
 def test_a_host_that_agrees_is_welcome_and_one_that_is_too_many_is_not() -> None:
-    heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", {})))
+    heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", KNOWS)))
     assert heard == [("welcome", {"token": "/nowhere"})]
-    heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", {})))
+    heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", KNOWS)))
     assert heard[-1] == ("refused", {"why": "all hosts are there already"})
+
+
+@pytest.mark.parametrize("said", [{}, {"proof": proof("guessed", "127.0.0.1")}, {"proof": "é"}])
+def test_a_host_without_the_token_of_the_run_takes_nobodys_place(said: dict[str, Any]) -> None:
+    heard, roster = asyncio.run(meet(ANY, ("hello", hello()), ("ready", said)))
+    assert heard[-1] == ("refused", {"why": "it does not know the token of the run"})
+    assert roster.names() == [HEAD.name]
 
 
 def test_noise_on_the_port_is_no_host() -> None:
     async def knock() -> list[str]:
-        roster = Roster(HEAD, ANY, {})
+        roster = Roster(HEAD, ANY, {}, TOKEN)
         server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
         for noise in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b"{}\n", b"x" * 100_000):
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
