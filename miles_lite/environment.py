@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from miles_lite.redact import redacted_settings
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 CODE = ("miles_lite", "configs", "rewards")  # folders of the project that a run reads
@@ -39,7 +41,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpu_names(),
         "git": _git(),
-        "command": sys.argv,
+        "command": redacted_settings(sys.argv),
         "folder": os.getcwd(),
     }
 

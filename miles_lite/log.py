@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
+from miles_lite.redact import redacted
+
 # What a terminal would obey instead of show: C0 and C1 controls, zero-width and direction marks,
 # line separators, lone surrogates, the byte-order mark, tags.
 _UNPRINTABLE = re.compile(
@@ -60,8 +62,8 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print what may quote a model or a file: to stdout, or to `stream`."""
-    print(printable(text, keep="\n\t"), file=stream, flush=True)
+    """Print what may quote a model, a file or a setting: to stdout, or to `stream`."""
+    print(printable(redacted(text), keep="\n\t"), file=stream, flush=True)
 
 
 def say_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -88,7 +90,7 @@ class _Formatter(logging.Formatter):
         super().__init__(f"%(asctime)s {who} %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
+        return printable(redacted(super().format(record)), keep="\n\t")
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):

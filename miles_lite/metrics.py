@@ -183,7 +183,11 @@ class WandbSink:
             "group": group,
             "id": kept_run_id(folder) or _new_run_id(folder),
             "config": dict(config or {}),
-            "settings": self._wandb.Settings(console="off", init_timeout=INIT_S),
+            # wandb's own record of machine and command line would have what was said there in plain
+            # words; ours is in `config`
+            "settings": self._wandb.Settings(
+                console="off", init_timeout=INIT_S, x_disable_meta=True
+            ),
         }
         with self._bounded("start"):
             resume = None if mode == "offline" else "allow"

@@ -49,6 +49,7 @@ from miles_lite.protocols import Metrics, StepResult
 from miles_lite.records import TOKEN_FLOATS, SampleRecord
 from miles_lite.records import read_metrics as read_metrics  # part of what a run is
 from miles_lite.records import read_samples as read_samples
+from miles_lite.redact import redacted_settings
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
 from miles_lite.untrusted import parse_object
@@ -91,7 +92,7 @@ class Run:
         Raises RunFinished; ConfigError if it has other settings or is running; RunError.
         """
         _check(cfg)
-        plain = _plain(cfg)
+        plain = redacted_settings(_plain(cfg))
         with writing(cfg.log.folder):
             if cfg.log.name:
                 folder = cfg.log.folder / cfg.log.name

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+NETWORK = True  # reward workers have none unless a reward file says this
 MAX_REPLY_BYTES = 1 << 20
 BACKOFF_S = 0.1  # before the first retry; doubles with each
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: style, types, shell scripts, then the quick tests, the slow ones, those of SGLang.
+# All checks: style, types, shell scripts, known holes of dependencies, then the quick tests, the slow ones, those of SGLang.
 #   scripts/test.sh                           stops at the first step that fails
 #   scripts/test.sh tests/test_run.py -k ...  only pytest, with these arguments
 set -euo pipefail
@@ -49,6 +49,7 @@ if command -v hadolint >/dev/null; then # its wheels are for some platforms only
     say "hadolint"
     hadolint docker/Dockerfile docker/Dockerfile.cpu
 fi
+bash scripts/audit.sh
 bash scripts/setup-browser.sh # Chromium, if it may be installed
 lane "not slow and not sglang"
 lane "slow and not sglang"

@@ -18,7 +18,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
     "types protocols bounds alarm_config data_config config foreign compose metrics log device "
-    "parallel environment stop checkpoints claim intact orphan untrusted records",
+    "parallel environment stop checkpoints claim intact orphan untrusted records "
+    "unpickle redact",
     "algo data models",
     "weights cluster",
     "trainer rollout run console summary alarms dashboard",

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from miles_lite.cluster.network import ephemeral_range, listening
+from miles_lite.cluster.network import ephemeral_range, listening, open_ray
 from miles_lite.environment import PROJECT, code_digests, output
 
 SHM = Path("/dev/shm")
@@ -50,6 +50,7 @@ class Host:
     ray_folder_used: float  # share of its file system
     listening: Mapping[int, str]  # ports asked about that are taken, and by whom
     ephemeral: tuple[int, int, int]  # first and last port that the system deals out; taken ones
+    open_ray: Mapping[str, bool]  # Rays that want no token, and whether the internet reaches them
     clock_synced: bool | None  # None: nothing here knows
     shared: Mapping[str, str]  # digest of names and sizes in a folder; "": not there
 
@@ -90,6 +91,7 @@ def measure(rooms: Sequence[str], shared: Sequence[str], ports: tuple[int, int] 
         ray_folder_used=1 - tmp.free / tmp.total,
         listening=listening(*ports) if ports else {},
         ephemeral=(first, last, sum(first <= port <= last for port in used)),
+        open_ray=open_ray(),
         clock_synced=_clock_synced(),
         shared={folder: _listing(Path(folder)) for folder in shared},
     )

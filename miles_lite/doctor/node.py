@@ -182,6 +182,16 @@ def _ports(host: Host, needs: Needs) -> Finding:
     return graded("ports", told, bad, [])
 
 
+def _open(host: Host, needs: Needs) -> Finding:
+    fix = "-> end it, or let miles-lite start it, with a token of its own: SECURITY.md"
+    bad, odd = [], []
+    for who, is_public in host.open_ray.items():
+        reach = "the internet" if is_public else "other hosts"
+        told = f"Ray without a token runs code for {reach}: {who} {fix}"
+        (bad if is_public else odd).append(told)
+    return graded("open", "" if bad or odd else "no Ray runs code for whoever asks", bad, odd)
+
+
 def _clock(host: Host, needs: Needs) -> Finding:
     if host.clock_synced is None:
         return skipped("clock", "neither timedatectl nor chronyc answers on this host")
@@ -191,7 +201,7 @@ def _clock(host: Host, needs: Needs) -> Finding:
 
 
 CHECKS: Sequence[Callable[[Host, Needs], Finding]] = (
-    *(_versions, _gpus, _links, _shm, _memory, _limits, _disk, _ports, _clock),
+    *(_versions, _gpus, _links, _shm, _memory, _limits, _disk, _ports, _open, _clock),
 )
 
 

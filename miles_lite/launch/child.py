@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from miles_lite.cluster import CPU_DEVICE
-from miles_lite.cluster.network import interface_env
+from miles_lite.cluster.network import interface_env, is_loopback
+from miles_lite.cluster.token import TOKEN, token_env
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError
 from miles_lite.launch.wire import SILENCE_S
@@ -78,11 +79,13 @@ def environment(address: str, token: Path) -> dict[str, str]:
     """Of Ray and the driver on the host of `address`. token: file with what proves, to every Ray
     process, that another one is of this run; without it Ray would run anybody's code."""
     env = interface_env(address) | os.environ
-    env.pop("RAY_ADDRESS", None)  # of another cluster
-    env.pop("RAY_AUTH_TOKEN", None)
+    for name in ("RAY_ADDRESS", *TOKEN):  # of another cluster
+        env.pop(name, None)
+    if is_loopback(address):  # then Ray, too, stays there, as cluster.session explains
+        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # how long Ray looks for a head (GCS) that it lost; a minute by default
     env.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(int(SILENCE_S)))
-    return env | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    return env | token_env(token)
 
 
 class RayNode:

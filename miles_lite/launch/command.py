@@ -29,6 +29,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, default=DEFAULT_BASE, help="first of a block of 1010")
     parser.add_argument("--wait", type=float, default=WAIT_S, help="seconds for the other side")
     parser.add_argument("--own", default="", metavar="IP", help="which of a worker's addresses")
+    parser.add_argument("--public", action="store_true", help="the head's may be of the internet")
     parser.add_argument(
         "--restarts",
         type=int,
@@ -43,6 +44,7 @@ def run(words: Sequence[str]) -> int:
         wait_s=options.wait,
         num_hosts=options.nodes,
         hosts=tuple(options.hosts.replace(",", " ").split()),
+        is_public=options.public,
         restarts=options.restarts,
     )
     try:

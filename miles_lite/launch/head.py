@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from miles_lite.claim import claim
+from miles_lite.cluster.token import write_token
 from miles_lite.compose import compose
 from miles_lite.config import Config, ConfigError
 from miles_lite.launch.child import (
@@ -23,7 +23,7 @@ from miles_lite.launch.child import (
 )
 from miles_lite.launch.facts import Facts
 from miles_lite.launch.ports import Ports
-from miles_lite.launch.preflight import LaunchError, head_problems, require
+from miles_lite.launch.preflight import LaunchError, exposed, head_problems, require
 from miles_lite.launch.roster import Roster, Wanted
 from miles_lite.launch.wire import LINE_BYTES
 from miles_lite.log import say
@@ -42,6 +42,7 @@ class Settings:
     wait_s: float  # for the other side
     num_hosts: int = 0  # 0: as many as the layout needs
     hosts: tuple[str, ...] = ()  # their addresses, where they are known beforehand
+    is_public: bool = False  # the address may be one of the internet
     restarts: int = DEFAULT_RESTARTS  # of the driver, while all hosts are there
 
 
@@ -71,6 +72,7 @@ class Head:
         before the driver ran."""
         settings = self._settings
         problems = head_problems(settings.address, self._num_hosts, settings.ports)
+        problems += exposed(settings.address, settings.is_public)
         require(problems + self._own.too_few(self._num_gpus))
         self._driver = Foreground(environment(settings.address, self._token))
         print(f"{self._num_hosts} hosts of {self._num_devices} devices; ports:")
@@ -84,7 +86,8 @@ class Head:
 
     async def _lead(self) -> int:
         settings, ports = self._settings, self._settings.ports
-        roster = Roster(self._own, self._wanted(), self._welcome())
+        token = write_token(self._token)
+        roster = Roster(self._own, self._wanted(), self._welcome(token), token)
         server = await asyncio.start_server(
             roster.serve, settings.address, ports.meeting, limit=LINE_BYTES
         )
@@ -160,15 +163,11 @@ class Head:
         before = json.loads(file.read_text()) if file.is_file() else []
         return Wanted(self._num_hosts, self._settings.hosts, self._num_gpus, tuple(before))
 
-    def _welcome(self) -> dict[str, object]:
+    def _welcome(self, token: str) -> dict[str, object]:
         """What a worker must be able to see: also a file that was not there a second ago."""
-        self._token.unlink(missing_ok=True)
-        secret = secrets.token_hex(32)
-        with open(os.open(self._token, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
-            file.write(secret)
         return {
             "token": str(self._token),
-            "digest": hashlib.sha256(secret.encode()).hexdigest(),
+            "digest": hashlib.sha256(token.encode()).hexdigest(),
             "paths": [str(self._model)],
             "folder": os.getcwd(),
         }

@@ -40,6 +40,17 @@ def worker_problems(head: str, ports: Ports) -> list[str]:
     return common_problems("", ports)
 
 
+def exposed(address: str, is_public: bool) -> list[str]:
+    """is_public: that it may be was asked for."""
+    if not _ip(address).is_global or is_public:
+        return []
+    return [
+        f"{address} is an address of the internet, and data ports of gloo, NCCL and SGLang's ranks "
+        "believe whoever reaches them (Ray wants the token of the run): take the hosts' addresses "
+        "in a private network, or, behind a firewall that lets only the hosts through, say --public"
+    ]
+
+
 def common_problems(address: str, ports: Ports) -> list[str]:
     """address: ours, as far as it is known."""
     stale = stale_ray({address} if address else set(addresses()))

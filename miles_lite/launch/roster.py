@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import shutil
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles_lite.cluster.token import proof
 from miles_lite.compose import build
 from miles_lite.config import ConfigError
 from miles_lite.console import seconds
@@ -41,8 +43,8 @@ class Wanted:
 class Roster:
     """Serves workers in the background of the head's event loop."""
 
-    def __init__(self, own: Facts, wanted: Wanted, welcome: Mapping[str, Any]) -> None:
-        self._own, self._wanted, self._welcome = own, wanted, welcome
+    def __init__(self, own: Facts, wanted: Wanted, welcome: Mapping[str, Any], token: str) -> None:
+        self._own, self._wanted, self._welcome, self._token = own, wanted, welcome, token
         self._members: dict[str, Member] = {}  # by address
         self._started = False  # from then on nobody may be lost
         self._changed = asyncio.Event()
@@ -83,6 +85,10 @@ class Roster:
         kind, values = await wire.receive()
         if kind != "ready":
             _say(f"{facts.name} cannot join: {values.get('why', kind)}")
+            return None
+        right = proof(self._token, facts.address).encode()
+        if not hmac.compare_digest(values["proof"].encode(errors="replace"), right):
+            await self._refuse(wire, facts.name, ["it does not know the token of the run"])
             return None
         if facts.address in self._members or self._started or not self._missing():
             await self._refuse(wire, facts.name, ["all hosts are there already"])

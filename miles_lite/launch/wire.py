@@ -20,7 +20,7 @@ MESSAGES: Mapping[str, Mapping[str, type]] = {
     "refused": {"why": str},
     "welcome": {"token": str, "digest": str, "paths": list, "folder": str},
     "cannot": {"why": str},
-    "ready": {},
+    "ready": {"proof": str},
     "go": {"gcs": str, "device": str, "num_devices": int},
     "joined": {},
     "leaving": {"why": str},

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.cluster.network import addresses
+from miles_lite.cluster.token import proof
 from miles_lite.launch.child import GRACE_S, RayNode, resources
 from miles_lite.launch.facts import Facts
 from miles_lite.launch.head import Settings
 from miles_lite.launch.preflight import (
     LaunchError,
     common_problems,
+    exposed,
     own_addresses,
     require,
     worker_problems,
@@ -38,7 +40,8 @@ NO_WAY = (errno.ENETUNREACH, errno.EADDRNOTAVAIL)  # waiting changes nothing
 async def run(settings: Settings, own_address: str) -> int:
     """The status of the run. own_address: "" for the one from which the head is reached. Raises
     LaunchError, also when the head is lost."""
-    require(worker_problems(settings.address, settings.ports))
+    problems = worker_problems(settings.address, settings.ports)
+    require(problems + exposed(settings.address, settings.is_public))
     if own_address and own_address not in addresses():
         raise LaunchError(f"NODE_IP={own_address}: this host has {own_addresses()}")
     task = asyncio.current_task()
@@ -144,7 +147,7 @@ class _Visit:
         self._token = Path(welcome["token"])
         os.chdir(welcome["folder"])  # relative paths of the run are meant from there
         print(f"launch: ready, as {self._wire.own}; waiting for the other hosts", flush=True)
-        await self._wire.send("ready")
+        await self._wire.send("ready", proof=proof(self._token.read_text(), self._wire.own))
 
     async def _join(self, go: Mapping[str, Any]) -> None:
         try:

@@ -7,6 +7,7 @@ fork. So a worker costs milliseconds, and one that is stuck is left to itself an
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import select
@@ -18,8 +19,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from miles_lite.redact import without_secrets
 from miles_lite.rollout.reward_worker import DROP, GO_ON
 from miles_lite.types import Verdict
+
+log = logging.getLogger(__name__)
 
 START_S = 120.0  # for the zygote to import the reward files
 FORK_S = 10.0  # for the zygote to fork
@@ -114,7 +118,11 @@ class Zygote:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), json.dumps(self._settings)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # an option may name the variable with the key that its function is to have
+        options = [options for *_, options in self._settings["functions"].values()]
+        named = frozenset(str(value) for some in options for value in some.values())
+        env = without_secrets(os.environ, named)
+        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
         def keep() -> None:
             """The kernel kills the zygote when the thread that started it ends: after it, here."""
@@ -139,7 +147,10 @@ class Zygote:
             ours.close()
             raise ValueError(answer)
         ours.settimeout(FORK_S)
-        self._control, (self.pid, self.about) = ours, answer
+        self._control, (self.pid, self.about, kept_off) = ours, answer
+        log.info(
+            "reward workers have %s", f"no network ({kept_off})" if kept_off else "the network"
+        )
 
 
 class Worker:

@@ -22,7 +22,6 @@ import math
 import numbers
 import os
 import random
-import resource
 import signal
 import socket
 import sys
@@ -30,12 +29,13 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from miles_lite.log import SafeStream, printable, say
 from miles_lite.orphan import adopt_orphans, die_with
+from miles_lite.rollout.reward_limits import limit_cpu, limit_memory, refuse_network
 
 MAX_REASON_LEN = 200
 MAX_ERROR_LEN = 10_000
@@ -50,6 +50,7 @@ class Reward:
     call: Callable[..., Any]  # (response or responses, label, ...) with its options bound
     by_group: bool  # takes all responses of a group at once
     wants: tuple[str, ...]  # of EXTRAS
+    network: bool = False  # its file says NETWORK = True
 
 
 EXTRAS = ("prompt", "metadata")  # what a function may ask for besides response and label
@@ -70,7 +71,8 @@ def load_reward(file: Path, function: str, options: Mapping[str, Any] | None = N
     if not callable(found):
         names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"{file} has no function {function!r}{_nearest(function, names)}")
-    return _bound(found, f"{function} in {file}", dict(options or {}))
+    reward = _bound(found, f"{function} in {file}", dict(options or {}))
+    return replace(reward, network=bool(getattr(module, "NETWORK", False)))
 
 
 def _import_file(file: Path) -> types.ModuleType:
@@ -189,8 +191,8 @@ def _tell_once(reward: Callable[..., Any], error: Exception) -> None:
 
 def main(settings: str) -> None:
     """The zygote: fork until stdin, a socket, ends. `settings` is JSON: functions ({name: [file,
-    function, options]}), parent (pid), memory_bytes. The first message is [pid, what the
-    functions are], or an error."""
+    function, options]}), parent (pid), memory_bytes, timeout_s. The first message is [pid, what the
+    functions are, who keeps them off the network], or an error."""
     asked = json.loads(settings)
     control = socket.socket(fileno=os.dup(0))
     die_with(asked["parent"])
@@ -204,7 +206,9 @@ def main(settings: str) -> None:
         control.send(json.dumps(str(error)[:MAX_ERROR_LEN]).encode())
         return
     about = {name: [reward.by_group, reward.wants] for name, reward in rewards.items()}
-    control.send(json.dumps([os.getpid(), about]).encode())
+    asks = sorted(name for name, reward in rewards.items() if reward.network)
+    kept_off = "" if asks else refuse_network()
+    control.send(json.dumps([os.getpid(), about, kept_off]).encode())
     gc.freeze()  # workers share its pages for good
     adopt_orphans()
     forked, own = set[int](), _children()
@@ -213,7 +217,7 @@ def main(settings: str) -> None:
         if not word:
             break
         if word == b"fork":
-            control.send(b"%d" % _fork(control, pipes, rewards, forked, asked["memory_bytes"]))
+            control.send(b"%d" % _fork(control, pipes, rewards, forked, asked))
         else:
             _kill(forked, int(word.removeprefix(b"kill ")))
             _end_orphans(forked | own)
@@ -228,7 +232,7 @@ def _fork(
     pipes: Sequence[int],
     rewards: Mapping[str, Reward],
     forked: set[int],
-    memory_bytes: int,
+    limits: Mapping[str, Any],
 ) -> int:
     """Process id of a new worker; the worker itself does not return."""
     zygote = os.getpid()
@@ -243,8 +247,8 @@ def _fork(
         die_with(zygote)
         control.close()
         random.seed()
-        _limit_memory(memory_bytes)
-        _grade(os.fdopen(pipes[0], "rb"), pipes[1], rewards)
+        limit_memory(limits["memory_bytes"])
+        _grade(os.fdopen(pipes[0], "rb"), pipes[1], rewards, 2 * limits["timeout_s"])
     except BrokenPipeError:
         pass  # the parent is gone
     except Exception:
@@ -253,9 +257,11 @@ def _fork(
         os._exit(0)
 
 
-def _grade(requests: BinaryIO, answers: int, rewards: Mapping[str, Reward]) -> None:
+def _grade(requests: BinaryIO, answers: int, rewards: Mapping[str, Reward], cpu_s: float) -> None:
+    """cpu_s: for one question; beyond the time limit, so that this is the last resort."""
     for line in requests:
         for name, responses, label, extras in json.loads(line):
+            limit_cpu(cpu_s)
             begin = time.monotonic()
             results = judge(rewards[name], responses, label, extras)
             took_long = time.monotonic() - begin > LONG_S
@@ -301,11 +307,3 @@ def _silence() -> None:
     os.dup2(2, 1)
     plain = os.fdopen(os.dup(2), "wb", 0)
     sys.stdout = sys.stderr = SafeStream(plain, "utf-8", "backslashreplace", write_through=True)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Also lets the kernel, short of memory, take workers before it takes ranks of the run."""
-    if num_bytes:
-        resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    Path("/proc/self/oom_score_adj").write_text("1000")

@@ -92,6 +92,7 @@ class RewardWorkers:
                 },
                 "parent": os.getpid(),
                 "memory_bytes": self.limits.memory_bytes,
+                "timeout_s": self.limits.timeout_s,
             }
         )
         self._about: About = self._zygote.about

@@ -4,14 +4,15 @@ what the model wants of it. On a GPU it is SGLang unless told otherwise, on a CP
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from miles_lite.cluster.network import is_loopback
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.models.nemotron_h import NemotronH, context_length
 from miles_lite.parallel import EngineDims
@@ -66,19 +67,12 @@ def _api_key(options: argparse.Namespace) -> str:
     key = os.environ.get(name, "").strip() if name else ""
     if name and not key:
         raise ValueError(f"--api-key-env {name}: the environment has no {name}, or an empty one")
-    if not key and not options.no_auth and not _is_loopback(options.host):
+    if not key and not options.no_auth and not is_loopback(options.host):
         raise ValueError(
             f"--host {options.host} can be reached by others, and there is no API key: give "
             "--api-key-env NAME, or say --no-auth"
         )
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _device(asked: str) -> str:
@@ -175,7 +169,8 @@ def _hand_over(folder: Path, options: argparse.Namespace, api_key: str, device: 
             threads=options.threads,
             python=options.python,
         )
-        launch = Launch.of(spec.python, environment(spec), chosen, api_key)
+        nobodys = secrets.token_hex(32)
+        launch = Launch.of(spec.python, environment(spec), chosen, api_key, nobodys)
         print(" ".join(launch.argv), "<<<", json.dumps(chosen), flush=True)
         if options.print_command:
             return

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.unpickle import unpickle
 from miles_lite.weights.conversion import METADATA
 from miles_lite.weights.table import Row, mtp_tensors, rows
 
@@ -201,20 +201,10 @@ _HOLDERS = (
     *(planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData),
     *(planner.BytesIOWriteData, torch.Size, torch.serialization._get_layout),
 )
-_NAMES = {(each.__module__, each.__qualname__): each for each in _HOLDERS}
-
-
-class _Unpickler(pickle.Unpickler):
-    """A pickle may name any function and have it called: this one reads known holders only."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if found := _NAMES.get((module_name, global_name)):
-            return found
-        if module_name == "torch" and isinstance(
-            dtype := getattr(torch, global_name, 0), torch.dtype
-        ):
-            return dtype
-        raise ValueError(f"it names {module_name}.{global_name}, which is no part of a checkpoint")
+_NAMES = frozenset(
+    {f"{each.__module__}.{each.__qualname__}" for each in _HOLDERS}
+    | {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+)
 
 
 class DistCheckpoint:
@@ -224,7 +214,7 @@ class DistCheckpoint:
         self.folder = folder
         path = folder / METADATA
         try:
-            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            metadata = unpickle(path.read_bytes(), _NAMES, "a checkpoint")
             self.shapes, self._chunks = _index(metadata)
         except FileNotFoundError:
             raise ValueError(

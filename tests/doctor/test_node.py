@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from miles_lite.cluster.network import open_ray
 from miles_lite.compose import compose
 from miles_lite.doctor import node
 from miles_lite.doctor.finding import Finding, merged
@@ -45,6 +49,7 @@ HEALTHY = Host(
     ray_folder_used=0.2,
     listening={},
     ephemeral=(32768, 60999, 100),
+    open_ray={},
     clock_synced=True,
     shared={"/models/ultra": "f11e5"},
 )
@@ -73,7 +78,7 @@ def test_needs_of_ultra_are_the_plans(ultra: Needs) -> None:
 def test_a_healthy_host_passes_everything(ultra: Needs) -> None:
     found = findings(HEALTHY, ultra)
     assert {name: f.status for name, f in found.items()} == dict.fromkeys(found, "ok")
-    assert len(found) == 9
+    assert len(found) == 10
     assert "28 of 28 pairs of GPUs by NVLink" in found["links"].detail
     assert found["gpus"].detail.startswith("8 x NVIDIA H200 (driver 570.86.15)")
 
@@ -107,6 +112,10 @@ BROKEN: list[tuple[str, str, dict[str, Any], str]] = [
     ("disk", "failed", {"ray_folder_used": 0.97}, "Ray stops above 95%"),
     ("ports", "failed", {"listening": {6379: "process 7 (redis)"}}, "6379 by process 7 (redis)"),
     ("ports", "failed", {"ephemeral": (32768, 33000, 100)}, "few ports left"),
+    ("open", "failed", {"open_ray": {"process 7 (gcs_server) at 0.0.0.0:6379": True}},
+     "for the internet: process 7 (gcs_server) at 0.0.0.0:6379"),
+    ("open", "warning", {"open_ray": {"process 7 (gcs_server) at 10.0.0.7:6379": False}},
+     "for other hosts"),
     ("clock", "warning", {"clock_synced": False}, "not synchronised"),
     ("clock", "skipped", {"clock_synced": None}, "neither timedatectl nor chronyc"),
 ]  # fmt: skip
@@ -151,6 +160,29 @@ def test_a_port_in_use_is_found_here() -> None:
     assert taken.status == "failed" and f"{port} by process" in taken.detail
     (free,) = [f for f in node.check_here(needs) if f.name == "ports"]
     assert free.status == "ok", free.detail
+
+
+@pytest.mark.parametrize(("address", "mode"), [("0.0.0.0", "disabled"), ("127.0.0.1", "disabled"),
+                                               ("0.0.0.0", "token")])  # fmt: skip
+def test_a_ray_that_wants_no_token_is_found_here(tmp_path: Path, address: str, mode: str) -> None:
+    """Of a program called as Ray's, and listening as it does."""
+    program = tmp_path / "gcs_server"
+    program.write_text(
+        f"import socket; s = socket.create_server(('{address}', 0)); print(s.getsockname()[1])\n"
+        "import sys; sys.stdout.flush(); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"RAY_AUTH_MODE": mode},
+    ) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        found = [who for who in open_ray() if who.startswith(f"process {process.pid} ")]
+        process.kill()
+    assert bool(found) == (address == "0.0.0.0" and mode != "token")
+    assert all(who.endswith(f" at 0.0.0.0:{port}") for who in found)
 
 
 def test_measure_reads_this_host(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from miles_lite import cli
 from miles_lite.cluster.network import addresses, ephemeral_range, interface_env
+from miles_lite.cluster.token import proof
 from miles_lite.environment import PROJECT, code_digests
 from miles_lite.launch import preflight, worker
 from miles_lite.launch.facts import Facts
@@ -23,6 +24,7 @@ from miles_lite.launch.head import Settings
 from miles_lite.launch.ports import Ports, taken
 from miles_lite.launch.preflight import (
     LaunchError,
+    exposed,
     head_problems,
     worker_problems,
 )
@@ -44,7 +46,7 @@ async def meet(
     wanted: Wanted, *messages: tuple[str, Mapping[str, Any]]
 ) -> tuple[list[tuple[str, dict[str, Any]]], Roster]:
     """Say so many things to a head; what it answers, until it closes or is silent for a second."""
-    roster = Roster(HEAD, wanted, WELCOME)
+    roster = Roster(HEAD, wanted, WELCOME, TOKEN)
     server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
     wire = Wire(*await asyncio.open_connection(*server.sockets[0].getsockname()))
     heard = []
@@ -61,6 +63,8 @@ async def meet(
 
 
 ANY = Wanted(2, (), 0, ())
+TOKEN = "of-this-run"
+KNOWS = {"proof": proof(TOKEN, "127.0.0.1")}
 
 
 @pytest.mark.parametrize(
@@ -95,10 +99,17 @@ def test_a_host_is_refused(changes: dict[str, Any], wanted: Wanted, why: str) ->
 
 
 def test_a_host_that_agrees_is_welcome_and_one_that_is_too_many_is_not() -> None:
-    heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", {})))
+    heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", KNOWS)))
     assert heard == [("welcome", WELCOME)]
-    heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", {})))
+    heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", KNOWS)))
     assert heard[-1] == ("refused", {"why": "all hosts are there already"})
+
+
+@pytest.mark.parametrize("said", ["", proof("guessed", "127.0.0.1"), "é"])
+def test_a_host_without_the_token_of_the_run_takes_nobodys_place(said: str) -> None:
+    heard, roster = asyncio.run(meet(ANY, ("hello", hello()), ("ready", {"proof": said})))
+    assert heard[-1] == ("refused", {"why": "it does not know the token of the run"})
+    assert roster.names() == [HEAD.name]
 
 
 NOISE = {
@@ -126,7 +137,7 @@ def test_noise_is_no_message(noise: bytes) -> None:
     """To the head it is no host, and to a worker no order."""
 
     async def knock() -> tuple[list[str], str]:
-        roster = Roster(HEAD, ANY, WELCOME)
+        roster = Roster(HEAD, ANY, WELCOME, TOKEN)
         server = await asyncio.start_server(roster.serve, "127.0.0.1", 0, limit=LINE_BYTES)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
         writer.write(noise)
@@ -209,6 +220,15 @@ def test_wrong_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         head_problems("node7", 2, PORTS)
     assert interface_env(own)["NCCL_SOCKET_IFNAME"] == f"={addresses()[own]}"
     assert interface_env("192.0.2.7") == {}
+
+
+def test_an_address_of_the_internet_is_refused_unless_asked_for() -> None:
+    (found,) = exposed("8.8.8.8", False)
+    assert "--public" in found
+    assert exposed("8.8.8.8", True) == []
+    assert [exposed(ip, False) for ip in ("10.1.2.3", "192.168.0.2", "127.0.0.1", "fd00::1")] == [
+        [] for _ in range(4)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ peer stays unnoticed, however long the engine idles.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import queue
 import threading
@@ -36,8 +37,15 @@ from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.sampler import DRAW, draw, likeliest
 from miles_lite.rollout.embedded.scheduler import Plan, Running, Scheduler
 from miles_lite.types import NO_ROUTING, Completion, Request, Routing
+from miles_lite.unpickle import unpickle
 
+# Of the messages among the ranks of an engine, which come through ports that anybody can find.
+_NAMES = frozenset(
+    [f"miles_lite.types.{name}" for name in "Request Sampling Finish Completion _routing".split()]
+    + ["builtins.frozenset"]
+)
 Done = list[tuple[int, Completion]]  # uid and completion
+_read = functools.partial(unpickle, names=_NAMES, what="a message among ranks")
 
 ABORT, STOP = 1, 2
 
@@ -186,7 +194,7 @@ class Server:
         cancelled: Collection[int] = ()
         with self._state:
             if num_bytes:
-                dealt, cancelled = pickle.loads(self.comms.control.broadcast(requests, num_bytes))
+                dealt, cancelled = _read(self.comms.control.broadcast(requests, num_bytes))
                 mine = self.dims.dp_rank(self.rank)
                 self.scheduler.add(request for group, request in dealt if group == mine)
             self._collect(results, sizes)
@@ -244,7 +252,7 @@ class Server:
                 self.comms.control.send(results, 0)
                 self._unsent = []
             elif num_bytes and self.rank == 0:
-                self._deliver(pickle.loads(self.comms.control.receive(num_bytes, leader)))
+                self._deliver(_read(self.comms.control.receive(num_bytes, leader)))
 
     def _forward(self, plan: Plan | None, counts: Sequence[int]) -> list[Running]:
         """Run the model with the other groups and book one token for each sequence of the plan."""

@@ -45,15 +45,22 @@ class Launch:
 
     argv: tuple[str, ...]
     env: Mapping[str, str]  # all of it
-    request: str  # what it reads from its standard input: a line with options and the API key
+    request: str  # what it reads from its standard input: a line with options and the keys
 
     @classmethod
     def of(
-        cls, python: str, env: Mapping[str, str], options: Mapping[str, object], api_key: str
+        cls,
+        python: str,
+        env: Mapping[str, str],
+        options: Mapping[str, object],
+        api_key: str,
+        admin_key: str,
     ) -> Launch:
-        """python: interpreter that has sglang, "" for this one; api_key: "" for none."""
+        """python: interpreter that has sglang, "" for this one; api_key: "" for none; admin_key:
+        what alone opens the ways to the weights, one of which unpickles; "" for the API key."""
         argv = (python or sys.executable, "-m", "miles_lite.rollout.sglang.server")
-        return cls(argv, env, json.dumps({"options": options, "api_key": api_key}))
+        keys = {"api_key": api_key, "admin_api_key": admin_key}
+        return cls(argv, env, json.dumps({"options": options, "keys": keys}))
 
     def start(self, output: IO[bytes] | int | None = None) -> subprocess.Popen[bytes]:
         """The server and its children die when `stdin` of the returned process is closed, so also
@@ -87,7 +94,7 @@ def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
         env = interface_env(place.host) | env
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
-    return Launch.of(spec.python, env, chosen, api_key)
+    return Launch.of(spec.python, env, chosen, api_key, "")
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:

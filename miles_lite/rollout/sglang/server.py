@@ -2,10 +2,10 @@
 
     python -m miles_lite.rollout.sglang.server
 
-It reads one line of JSON from its standard input, {"options": {ServerArgs field: value}, "api_key":
-"..."}, so that no secret is on a command line, where every user of the host can read it. Standard
-input stays open: when it ends, which it does however the parent ends, the server and all its
-children are killed.
+It reads one line of JSON from its standard input, {"options": {ServerArgs field: value}, "keys":
+{field: "..."}}, so that no secret is on a command line, where every user of the host can read it.
+Standard input stays open: when it ends, which it does however the parent ends, the server and all
+its children are killed.
 
 SGLang spawns its schedulers. A spawned process imports the main module of its parent first, this
 one, under the name __mp_main__; so what must hold in every process is done on import.
@@ -44,9 +44,10 @@ def main() -> None:
     load_plugins()
     arguments = server_args(request["options"])
     # not through the command-line parser: SGLang keeps those words and tells them to clients
-    if request["api_key"]:
-        arguments.api_key = request["api_key"]
-        _redact(request["api_key"])
+    for field, key in request["keys"].items():
+        if key:
+            setattr(arguments, field, key)
+            _redact(key)
     try:
         run_server(arguments)
     finally:
@@ -62,7 +63,7 @@ def _die_with_stdin() -> None:
 
 
 def _redact(secret: str) -> None:
-    """SGLang logs all its options, the key among them."""
+    """SGLang logs all its options, the keys among them."""
     make_record = logging.getLogRecordFactory()
 
     def redacted(*positional: Any, **named: Any) -> logging.LogRecord:

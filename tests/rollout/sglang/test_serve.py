@@ -63,6 +63,20 @@ def test_the_client_is_answered_with_the_reasoning_apart(
     assert told and answer.usage is not None and 0 < answer.usage.completion_tokens <= 24
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="another").models.list()
+    with pytest.raises(openai.AuthenticationError):  # what a pickle could come through
+        client.post("../update_weights_from_tensor", body={}, cast_to=object)
+
+
+def test_it_listens_on_loopback_alone(server: tuple[subprocess.Popen[bytes], int]) -> None:
+    parent = psutil.Process(server[0].pid)
+    found = {
+        (c.laddr.ip, c.laddr.port)
+        for process in [parent, *parent.children(recursive=True)]
+        for c in process.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert ("127.0.0.1", server[1]) in found
+    assert {address for address, _ in found} <= {"127.0.0.1", "::ffff:127.0.0.1"}, found
 
 
 def test_it_ends_with_all_its_processes(server: tuple[subprocess.Popen[bytes], int]) -> None:
