@@ -151,6 +151,11 @@ class AlgoConfig:
     def needs_reference(self) -> bool:
         return self.kl_coef != 0 or self.kl_loss_coef != 0
 
+    @property
+    def scores_first(self) -> bool:
+        """Whether a pass without gradients is needed even before the only update of a step."""
+        return self.kl_coef != 0 or self.routing_replay
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:

@@ -208,9 +208,11 @@ def _busiest(tables: Sequence[list[list[Links]]], factor: float) -> Links:
 
 
 def _score(sizes: Sizes, batch: Batch) -> PhaseTime:
-    """Log-probs before the first update, and those of the reference."""
+    """Log-probs before the first update, unless its own pass tells them, and those of the
+    reference."""
     assumed, all_kinds = sizes.hardware.assumed, sizes.model.pattern
-    times = 1 + sizes.cfg.algo.needs_reference
+    algo = sizes.cfg.algo
+    times = (len(batch.updates) > 1 or algo.scores_first) + algo.needs_reference
     estimate = computing_s = exchange_s = 0.0
     tables = []
     for passes in _passes(sizes, batch):

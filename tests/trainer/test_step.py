@@ -147,6 +147,12 @@ def train_with_wrong_backward(world: World, jobs: list[Job]) -> list[Trained]:
     return train(world, jobs)
 
 
+def train_scored_first(world: World, jobs: list[Job]) -> list[Trained]:
+    """As `train`, with a pass of its own for the log-probs before a single update, too."""
+    AlgoConfig.scores_first = property(lambda self: True)
+    return train(world, jobs)
+
+
 def run(jobs: list[Job], fn: Any = train) -> list[tuple[Trained, dict[str, torch.Tensor]]]:
     """(merged report, whole HF tensors) of each job; all jobs have one world size."""
     size = jobs[0][0].dims.world_size
@@ -235,6 +241,19 @@ def test_one_rank_steps_as_plain_torch(tiny: Tiny, single: Any) -> None:
     assert trained.metrics["train/train_rollout_logprob_abs_diff_max"] == pytest.approx(
         max(drift), abs=1e-3
     )
+
+
+def test_the_only_update_of_a_step_tells_the_log_probs_before_it(tiny: Tiny) -> None:
+    """To the bit what a pass of its own tells, without that pass."""
+    job = (spec_of(tiny.folder, ONE), [packed(sequences(8), 1)])
+    ((own, weights),) = run([job])
+    ((first, expected),) = run([job], train_scored_first)
+    assert first.metrics["perf/log_probs_time"] > 100 * own.metrics["perf/log_probs_time"]
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    for told, wanted in ((own.logprobs, first.logprobs), (own.entropies, first.entropies)):
+        assert {k: list(v) for k, v in told.items()} == {k: list(v) for k, v in wanted.items()}
+    counted = {k: v for k, v in first.metrics.items() if not k.startswith("perf/")}
+    assert {k: own.metrics[k] for k in counted} == counted
 
 
 def test_a_wrong_backward_pass_is_caught(tiny: Tiny, single: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any
 
@@ -70,7 +70,12 @@ class Step:
 
     def __call__(self, share: Share) -> RankReport:
         begin = time.perf_counter()
-        scored = [self._forward_only(micro_batches, replayed=True) for micro_batches in share]
+        # of one update the old policy is the current one: its own forward pass tells the log-probs
+        on_policy = len(share) == 1 and not self._settings.algo.scores_first
+        scored = [
+            [] if on_policy else self._forward_only(micro_batches, replayed=True)
+            for micro_batches in share
+        ]
         old = [_logprobs(outputs) for outputs in scored]
         after_old = time.perf_counter()
         # every rank has tokens and layers of its own to tell of
@@ -82,13 +87,20 @@ class Step:
             times["perf/no_replay_time"] = Max(begin_reference - after_old)
         if self._reference:
             times["perf/ref_log_probs_time"] = Max(time.perf_counter() - begin_reference)
-        known, report = self._know(share, old, reference)
+        known = self._know(share, old, reference)
         begin_train = time.perf_counter()
+        report: dict[str, Partial] = {}
         for index, (micro_batches, facts) in enumerate(zip(share, known, strict=True)):
-            report = merge(report, self._update(micro_batches, facts, is_first=index == 0))
+            told, outputs = self._update(micro_batches, facts, is_first=index == 0)
+            report = merge(report, told)
+            if on_policy:
+                scored = [outputs]
+                old = [_logprobs(outputs)]
+                known = [[replace(k, old=o) for k, o in zip(facts, old[0], strict=True)]]
         times["perf/actor_train_time"] = Max(time.perf_counter() - begin_train)
         if not self._reports:
             return RankReport(merge(routing, times), {}, {})
+        report = merge(report, *(_before_training(each) for each in chain.from_iterable(known)))
         entropies = [[out[1] for out in outputs] for outputs in scored]
         return RankReport(
             merge(report, routing, times), _by_sample(share, old), _by_sample(share, entropies)
@@ -173,31 +185,31 @@ class Step:
 
     def _know(
         self, share: Share, old: list[list[torch.Tensor]], reference: list[list[torch.Tensor]]
-    ) -> tuple[Facts, dict[str, Partial]]:
-        """All that the updates need and all that is to be said before the first of them. Only the
-        last pipeline stage knows anything; there it is a collective over DP ranks."""
+    ) -> Facts:
+        """All that the updates need. Only the last pipeline stage knows anything; there it is a
+        collective over DP ranks."""
         if not self._computes_loss:
-            return [[] for _ in share], {}
+            return [[] for _ in share]
+        none = repeat(None)
         facts: Facts = [
             [
                 Known(m, responses(m, self._device), o, r)
-                for m, o, r in zip(micro_batches, ours, theirs or repeat(None), strict=False)
+                for m, o, r in zip(micro_batches, ours or none, theirs or none, strict=False)
             ]
             for micro_batches, ours, theirs in zip(share, old, reference, strict=True)
         ]
-        facts = token_credit(facts, self._settings.algo)
-        if not self._reports:
-            return facts, {}
-        return facts, merge(*(_before_training(known) for known in chain.from_iterable(facts)))
+        return token_credit(facts, self._settings.algo)
 
     # -------------------------------------------------------------- one update
 
     def _update(
         self, micro_batches: Sequence[MicroBatch], facts: Sequence[Known], is_first: bool
-    ) -> dict[str, Partial]:
+    ) -> tuple[dict[str, Partial], list[torch.Tensor]]:
+        """What it tells, and log-probs and entropies [2, N] of its forward pass."""
         self._ddp.zero_grad_buffer()
         self._optimizer.inner.zero_grad()
         parts: list[dict[str, Partial]] = []
+        outputs: list[torch.Tensor] = []
         algo, loss_settings = self._settings.algo, LossSettings.of(self._settings.algo)
         # Megatron averages over micro-batches and DP ranks; token weights already normalise
         scale = len(micro_batches) * groups.get_data_parallel_world_size()
@@ -206,9 +218,11 @@ class Step:
             def loss(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 known, seen = facts[index], facts[index].seen
                 engine = seen.rollout_logprobs
+                outputs.append(out.detach())
+                own = outputs[-1][0].clone() if known.old is None else known.old
                 logprobs = LogProbs(
                     current=out[0],
-                    old=known.old if algo.old_logprobs == "trainer" else engine,
+                    old=own if algo.old_logprobs == "trainer" else engine,
                     rollout=engine,
                     reference=known.reference,
                     entropy=out[1],
@@ -231,7 +245,8 @@ class Step:
         lr = self._optimizer.learning_rate()
         norm = self._optimizer.step()
         shared: dict[str, Partial] = {"train/grad_norm": Mean(norm, 1), "train/lr-pg_0": Max(lr)}
-        return merge(shared, *_mean_over_updates(parts)) if self._reports else {}
+        told = merge(shared, *_mean_over_updates(parts)) if self._reports else {}
+        return told, outputs
 
     def _refuse_non_finite_loss(self, losses: Sequence[torch.Tensor]) -> None:
         """Agree over all ranks, so that every rank stops here and names the same cause."""
@@ -293,6 +308,7 @@ def _mean_over_updates(parts: list[dict[str, Partial]]) -> Iterator[dict[str, Pa
 def _before_training(known: Known) -> dict[str, Partial]:
     """Trainer against engine: same weights, same tokens, before anything is trained; and what the
     loss is going to use as advantages."""
+    assert known.old is not None
     ours, engine = known.of_trained(known.old), known.of_trained(known.seen.rollout_logprobs)
     means = {
         "rollout/log_probs": ours,

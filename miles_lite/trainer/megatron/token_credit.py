@@ -27,7 +27,7 @@ class Known:
 
     micro_batch: MicroBatch
     seen: Responses
-    old: Tensor  # [N] log-probs of the trainer
+    old: Tensor | None  # [N] log-probs of the trainer; None: those of the update's own pass
     reference: Tensor | None  # [N] of the frozen reference, where there is one
 
     @property
@@ -105,13 +105,13 @@ def _group_advantages(facts: Facts, algo: AlgoConfig) -> dict[int, float]:
 
 
 def _kl(known: Known, algo: AlgoConfig) -> Tensor:
-    assert known.reference is not None, "a KL in the reward needs a reference"
+    assert known.reference is not None and known.old is not None, "KL in the reward: of both"
     return kl_estimate(known.old, known.reference, algo.kl_loss_type)
 
 
 def _whitened(facts: Facts) -> Facts:
     """Mean 0 and variance 1 over all tokens of the step that count, of all ranks."""
-    device = facts[0][0].old.device
+    device = facts[0][0].seen.advantages.device
     total = torch.zeros(3, dtype=torch.float64, device=device)
     for known in chain.from_iterable(facts):
         counts = torch.tensor([s.counts for s in known.micro_batch.sequences], device=device)

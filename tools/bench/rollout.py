@@ -1,0 +1,202 @@
+"""Tokens a second of the embedded engine against transformers' `generate`, in turns, on one core.
+
+    python tools/bench/rollout.py [--models tiny 10m 50m] [--batches 1 8 64] [--rounds 3]
+
+Both draw at temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is 64 sequences of
+8 to 64 tokens, where transformers decodes all of them to the last one's end. The roofline is the
+time a decode step takes at least: the bytes of the weights that it reads (of the experts that many
+random choices hit) and of its states, twice, at the measured bandwidth of a copy's reading half,
+or its operations at the measured speed of a matrix product, whichever is longer.
+Times are seconds of CPU of this process, so that neighbours disturb less than they do the clock;
+--wall takes the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import SIZES, folder_of
+
+from miles_lite.models.flops import forward_flops
+from miles_lite.models.nemotron_h import NemotronH
+from miles_lite.parallel import EngineDims
+from miles_lite.protocols import Phase
+from miles_lite.rollout.embedded.options import EngineOptions
+from miles_lite.rollout.embedded.rank import EngineRank
+from miles_lite.types import Request, Sampling
+
+PROMPT_LEN, RESPONSE_LEN = 24, 32
+RAGGED = "ragged"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
+    parser.add_argument("--batches", nargs="+", default=["1", "8", "64", RAGGED])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--wall", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    clock = time.perf_counter if options.wall else time.process_time
+    bandwidth, peak = measured_bandwidth(clock), measured_peak(clock)
+    print(f"one core: {bandwidth / 1e9:.1f} GB/s read, {peak / 1e9:.0f} GFLOP/s in fp32 products")
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in options.models:
+            folder = folder_of(size, Path(scratch))
+            model, theirs = NemotronH.from_folder(folder), transformers_model(folder)
+            ours = engine(model, folder)
+            for batch in options.batches:
+                lengths = response_lens(batch)
+                prompts = random_prompts(len(lengths))
+                times: dict[str, list[float]] = {"engine": [], "transformers": []}
+                draw(ours, prompts, lengths)  # warm
+                for _ in range(options.rounds):
+                    times["engine"].append(timed(clock, draw, ours, prompts, lengths))
+                    times["transformers"].append(timed(clock, generate, theirs, prompts, lengths))
+                floor_s = roofline_s(model, lengths, bandwidth, peak)
+                row = {"model": size, "batch": batch, "tokens": sum(lengths), "floor_s": floor_s}
+                found.append(row | times)
+                print(line(found[-1]), flush=True)
+            ours.close()
+    if options.out:
+        options.out.write_text(json.dumps({"load": os.getloadavg(), "rows": found}, indent=1))
+
+
+def line(row: dict[str, Any]) -> str:
+    own, theirs = (statistics.median(row[side]) for side in ("engine", "transformers"))
+    spread = f"{min(row['engine']):.3f} to {max(row['engine']):.3f} s"
+    return (
+        f"{row['model']:<5} batch {row['batch']:<7} engine {row['tokens'] / own:>8,.0f} tokens/s "
+        f"({spread}), transformers {row['tokens'] / theirs:>7,.0f}, ratio {theirs / own:5.1f}, "
+        f"{row['floor_s'] / own:4.0%} of the roofline"
+    )
+
+
+def response_lens(batch: str) -> list[int]:
+    if batch == RAGGED:
+        draw = random.Random(1)
+        return [draw.randint(8, 64) for _ in range(64)]
+    return [RESPONSE_LEN] * int(batch)
+
+
+def random_prompts(num: int) -> list[tuple[int, ...]]:
+    draw = random.Random(0)
+    return [tuple(draw.randrange(4, 128) for _ in range(PROMPT_LEN)) for _ in range(num)]
+
+
+# ------------------------------------------------------------------ the two sides
+
+
+def engine(model: NemotronH, folder: Path) -> EngineRank:
+    rank = EngineRank(model, EngineDims(1, 1, 1), 0, EngineOptions(max_seq_len=128))
+    rank.load_hf(folder)
+    rank.connect(rank.listen("127.0.0.1"))
+    rank.set_version(0)
+    rank.enter(Phase.generate)
+    return rank
+
+
+def draw(rank: EngineRank, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> None:
+    """Of every prompt an answer of that length, drawn at temperature 1."""
+    requests = [
+        Request(uid, prompt, Sampling(uid, length, 1.0, 1.0, 0, ()))
+        for uid, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    rank.submit(requests)
+    left = len(requests)
+    while left:
+        left -= len(rank.poll(5.0))
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import NemotronHForCausalLM
+
+    return NemotronHForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="grouped_mm"
+    ).eval()
+
+
+@torch.inference_mode()
+def generate(model: Any, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> None:
+    longest = max(lengths)
+    tokens = torch.tensor(prompts)
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=longest,
+        max_new_tokens=longest,
+        pad_token_id=1,
+    )
+
+
+def timed(clock: Callable[[], float], work: Callable[..., object], *args: object) -> float:
+    begin = clock()
+    work(*args)
+    return clock() - begin
+
+
+# ------------------------------------------------------------------ the roofline
+
+
+def measured_bandwidth(clock: Callable[[], float]) -> float:
+    """Bytes a second that a sum reads from memory, beyond all caches."""
+    values = torch.ones(64 << 20)
+    return values.nbytes / min(timed(clock, values.sum) for _ in range(5))
+
+
+def measured_peak(clock: Callable[[], float], size: int = 1536) -> float:
+    a = torch.randn(size, size)
+    return 2 * size**3 / min(timed(clock, torch.mm, a, a) for _ in range(5))
+
+
+def roofline_s(model: NemotronH, lengths: Sequence[int], bandwidth: float, peak: float) -> float:
+    """Seconds that the whole takes at least: the prompts by their operations, then step by step."""
+    total = forward_flops(model, PROMPT_LEN) * len(lengths) / peak
+    # one token at the end of a prompt: what a second one adds
+    token_flops = forward_flops(model, PROMPT_LEN + 1) - forward_flops(model, PROMPT_LEN)
+    for step in range(1, max(lengths)):
+        running = sum(length > step for length in lengths)
+        num_bytes = weight_bytes(model, running) + running * state_bytes(model, PROMPT_LEN + step)
+        total += max(num_bytes / bandwidth, running * token_flops / peak)
+    return total
+
+
+def weight_bytes(model: NemotronH, num_tokens: int) -> float:
+    """That so many tokens read, in fp32."""
+    from miles_lite.weights.table import hf_tensors
+
+    total = 0.0
+    hit = 1 - (1 - model.top_k / model.num_experts) ** num_tokens if model.num_experts else 0.0
+    for name, tensor in hf_tensors(model).items():
+        if "embeddings" in name:
+            total += num_tokens * model.hidden_size
+            continue
+        size = float(torch.Size(tensor.shape).numel())
+        total += size * hit if ".experts." in name else size
+    return 4 * total
+
+
+def state_bytes(model: NemotronH, num_cached: int) -> float:
+    """Of one sequence: states of Mamba read and written, keys and values read, in fp32."""
+    kinds = model.pattern
+    mamba = model.mamba_inner_size * model.ssm_state_size * 2
+    cached = 2 * num_cached * model.num_kv_heads * model.head_dim
+    return 4.0 * (kinds.count("M") * mamba + kinds.count("*") * cached)
+
+
+if __name__ == "__main__":
+    main()

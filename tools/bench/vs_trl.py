@@ -1,0 +1,195 @@
+"""A whole GRPO step of miles-lite against TRL's GRPOTrainer, on CPU cores, in turns.
+
+    python tools/bench/vs_trl.py [--models tiny 10m 50m] [--rounds 3] [--out vs_trl.json]
+
+Makes TRL's environment (.venv-trl, with the same torch and transformers) when it is not there.
+Both sides get the same checkpoint, prompts, reward, number of samples and limit of tokens, fp32,
+AdamW with the same settings, one optimizer update a step and two cores: two trainer ranks and two
+engines of one thread that take turns, against the layouts of TRL in --trl (processes x threads), of
+which the fastest counts. TRL has no gradient checkpointing, no KL and no logging to files; it draws
+with transformers' `generate`, as vLLM has no CPU build for this model, and computes its experts as
+--experts says. The tiny model ends its answers itself, equally often on both sides; the random ones
+nearly never do, so that all answers have the same length. The first steps of a run warm up and are
+left out. Times are of the wall: where neighbours load the cores compare the ratios only.
+
+TRL takes the log-probs before the update from the training pass itself where there is one update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from models import PROJECT, SIZES, folder_of
+
+PINS = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "pylatexenc==2.10")
+PHASES = ("step", "rollout", "reward", "log_probs", "train", "sync")
+Row = dict[str, float]  # seconds of one step by phase, and its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    num_prompts: int
+    num_samples: int
+    response_len: int
+    lr: float
+    reward: tuple[str, str]  # file and function
+    num_steps: int
+    num_warm: int  # of them, which are not counted
+
+
+DEEPSCALER, COIN = ("rewards/deepscaler.py", "deepscaler"), ("tools/bench/coin.py", "coin")
+TASKS = {
+    "tiny": Task(32, 8, 24, 4e-4, DEEPSCALER, 6, 2),
+    "10m": Task(16, 8, 32, 1e-5, COIN, 4, 2),
+    "50m": Task(8, 8, 32, 1e-5, COIN, 3, 1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl", nargs="+", default=["2x1"], help="processes x threads of TRL")
+    parser.add_argument("--experts", default="grouped_mm", help="batched_mm, grouped_mm or eager")
+    parser.add_argument("--passes", type=int, default=1, help="of TRL's update; more: less memory")
+    parser.add_argument("--out", type=Path, help="all steps, as JSON")
+    parser.add_argument("overrides", nargs="*", help="of miles-lite's configuration, after --")
+    options = parser.parse_args()
+    python = trl_python()
+    found: dict[str, dict[str, list[Row]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in options.models:
+            task, model = TASKS[size], folder_of(size, Path(scratch))
+            sides: dict[str, list[Row]] = {}
+            for _ in range(options.rounds):
+                own = miles_lite(model, task, options.overrides, Path(scratch))
+                sides.setdefault("miles-lite", []).extend(own)
+                for layout in options.trl:
+                    how = (layout, options.experts, options.passes)
+                    theirs = trl(python, model, task, how, Path(scratch))
+                    sides.setdefault(f"TRL {layout}", []).extend(theirs)
+            print(table(size, task, sides), flush=True)
+            found[size] = sides
+    if options.out:
+        load = os.getloadavg()
+        options.out.write_text(json.dumps({"pins": PINS, "load": load, "steps": found}, indent=1))
+
+
+def trl_python() -> Path:
+    """The interpreter of TRL's environment, which is made if need be."""
+    venv = PROJECT / ".venv-trl"
+    stamp = venv / "setup-done"
+    if not stamp.exists() or stamp.read_text() != " ".join(PINS):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True)
+        subprocess.run([venv / "bin/pip", "install", "--quiet", *PINS], check=True)
+        stamp.write_text(" ".join(PINS))
+    return venv / "bin/python"
+
+
+def miles_lite(model: Path, task: Task, overrides: Sequence[str], scratch: Path) -> list[Row]:
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    file, function = task.reward
+    words = [
+        "experiment=tiny",
+        f"model.path={model}",
+        "parallel.ep=1",  # the model fits a device: its experts need not be cut
+        "rollout.engine.num_engines=2",
+        *(f"rollout.engine.{size}=1" for size in ("tp", "dp", "ep")),
+        f"rollout.num_prompts={task.num_prompts}",
+        f"rollout.samples_per_prompt={task.num_samples}",
+        f"rollout.max_response_tokens={task.response_len}",
+        f"train.global_batch={task.num_prompts * task.num_samples}",
+        f"train.num_steps={task.num_steps}",
+        f"optim.lr={task.lr}",
+        f"reward.file={PROJECT / file}",
+        f"reward.function={function}",
+        "reward.max_dead_steps=0",
+        "data.eval={}",
+        "checkpoint.every=0",
+        f"log.folder={folder}",
+        "log.name=run",
+        *overrides,
+    ]
+    _quietly([sys.executable, "-m", "miles_lite.cli", "train", *words], {})
+    rows: list[Row] = []
+    for line in (folder / "run/metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if "perf/step_time" not in metrics:
+            continue
+        rows.append(
+            {
+                "step": metrics["perf/step_time"],
+                "rollout": metrics["perf/rollout_time"],  # rewards run beside it
+                "reward": 0.0,
+                "log_probs": metrics["perf/log_probs_time"],
+                "train": metrics["perf/actor_train_time"],
+                "sync": metrics["perf/update_weights_time"],
+                "tokens": metrics["perf/rollout_tokens_per_s"] * metrics["perf/rollout_time"],
+            }
+        )
+    return rows[task.num_warm :]
+
+
+def trl(
+    python: Path, model: Path, task: Task, how: tuple[str, str, int], scratch: Path
+) -> list[Row]:
+    """how: processes x threads, implementation of the experts, passes of an update."""
+    (processes, _, threads), experts, passes = how[0].partition("x"), how[1], how[2]
+    out = scratch / f"trl{time.monotonic_ns()}.json"
+    file, function = task.reward
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += [Path(__file__).with_name("trl_side.py"), "--model", model, "--out", out]
+    command += ["--data", PROJECT / "configs/data/tiny/train.jsonl"]
+    command += ["--reward", f"{file.removesuffix('.py').replace('/', '.')}:{function}"]
+    command += ["--prompts", task.num_prompts, "--samples", task.num_samples]
+    command += ["--response", task.response_len, "--lr", task.lr, "--steps", task.num_steps]
+    command += ["--threads", threads, "--experts", experts, "--passes", passes]
+    _quietly(list(map(str, command)), {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"})
+    return json.loads(out.read_text())[task.num_warm :]
+
+
+def _quietly(command: Sequence[str], env: dict[str, str]) -> None:
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+
+
+def table(size: str, task: Task, sides: dict[str, list[Row]]) -> str:
+    lines = [
+        f"{size}: {task.num_prompts} prompts x {task.num_samples} samples of at most "
+        f"{task.response_len} tokens; medians of {len(sides['miles-lite'])} steps, s (min to max); "
+        f"load {os.getloadavg()[0]:.1f}",
+        f"{'':<14}" + "".join(f"{phase:<24}" for phase in PHASES) + "tokens a step",
+    ]
+    for name, rows in sides.items():
+        cells = [f"{spread([row[phase] for row in rows]):<24}" for phase in PHASES]
+        tokens = statistics.median(row["tokens"] for row in rows)
+        lines.append(f"{name:<14}" + "".join(cells) + f"{tokens:.0f}")
+    best = {
+        phase: min(
+            statistics.median(r[phase] for r in rows) for n, rows in sides.items() if n[0] == "T"
+        )
+        for phase in ("step", "rollout", "train")
+    }
+    own = {phase: statistics.median(row[phase] for row in sides["miles-lite"]) for phase in PHASES}
+    own["train"] += own["log_probs"]
+    ratios = ", ".join(f"{phase} {best[phase] / own[phase]:.1f}x" for phase in best)
+    return "\n".join([*lines, f"against the fastest of TRL: {ratios} (train with log-probs)", ""])
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()
