@@ -201,30 +201,35 @@ def _partition(
 ) -> list[Part]:
     """Parts of nearly equal cost: Karmarkar and Karp's largest differencing method.
 
-    Each entry of the heap is a partition of some sequences, heaviest part first; the two of the
-    widest spread are merged, heaviest part with lightest, until one is left. Starting from one
-    sequence an entry gives the best balance; starting from `num_parts` of them, one a part, keeps
-    counts equal.
+    Each entry of the heap is a partition of some sequences, heaviest part first, empty parts left
+    out; the two of the widest spread are merged, heaviest part with lightest, until one is left.
+    Starting from one sequence an entry gives the best balance; starting from `num_parts` of them,
+    one a part, keeps counts equal.
     """
     assert len(sequences) >= num_parts
     ordered = _longest_first(sequences)
     chunk = num_parts if equal_counts else 1
     heap: list[tuple[int, int, list[tuple[int, Part]]]] = []  # -spread, order, (load, part)s
+
+    def add(order: int, parts: list[tuple[int, Part]]) -> None:
+        lightest = parts[-1][0] if len(parts) == num_parts else 0
+        heapq.heappush(heap, (lightest - parts[0][0], order, parts))
+
     for start in range(0, len(ordered), chunk):
-        parts: list[tuple[int, Part]] = [
-            (cost(len(sequence.tokens)), [sequence]) for sequence in ordered[start : start + chunk]
-        ]
-        parts += [(0, []) for _ in range(num_parts - len(parts))]
-        heap.append((parts[-1][0] - parts[0][0], start, parts))
-    heapq.heapify(heap)
+        add(start, [(cost(len(s.tokens)), [s]) for s in ordered[start : start + chunk]])
     while len(heap) > 1:
         _, order, left = heapq.heappop(heap)
         _, other, right = heapq.heappop(heap)
-        pairs = zip(left, reversed(right), strict=True)
-        merged = [(a_load + b_load, a + b) for (a_load, a), (b_load, b) in pairs]
+        right.reverse()
+        shared = max(0, len(left) + len(right) - num_parts)  # parts that both have: they add up
+        alone = len(left) - shared
+        pairs = zip(left[alone:], right[:shared], strict=True)
+        both = [(a_load + b_load, a + b) for (a_load, a), (b_load, b) in pairs]
+        merged = left[:alone] + both + right[shared:]
         merged.sort(key=lambda entry: -entry[0])
-        heapq.heappush(heap, (merged[-1][0] - merged[0][0], min(order, other), merged))
-    return [part for _, part in heap[0][2]]
+        add(min(order, other), merged)
+    parts = [part for _, part in heap[0][2]]
+    return parts + [[] for _ in range(num_parts - len(parts))]
 
 
 def _longest_first(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:

@@ -11,7 +11,7 @@ that 1,024 processes connect to one Ray, and that ranks take time. One answer a 
 engines of the Ultra recipe on as many hosts; with `--model` another model's weights are planned.
 
 CPU seconds are the driver process's alone and hardly depend on who else uses the machine. Bytes are
-what Ray serializes in the driver: `put` objects, arguments of calls, results fetched.
+what Ray serializes in the driver: `put` objects, arguments of calls, results fetched, answers.
 
 """
 
@@ -257,6 +257,11 @@ class FakeEngine(EmbeddedEngine):
 
     def layout(self) -> Any:
         return self.held
+
+    async def generate(self, request: Request) -> Completion:
+        completion = await super().generate(request)
+        TRAFFIC.add("answers", completion)
+        return completion
 
 
 # ------------------------------------------------------------------ a step, stage by stage
