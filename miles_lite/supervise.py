@@ -32,10 +32,11 @@ from miles_lite.summary import RESTARTS
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RESTARTS = 10
+DEFAULT_RESTARTS = 10  # without a step further than all before
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
-SAME_ERRORS = 2  # attempts in a row with the same error at the same step: a bug, not an accident
-SAME_DEATHS = 4  # the same, of a process that died: whoever kills at random may strike twice
+# attempts in a row with the same error at the same step: a bug, not an accident; but not if a
+# process died: who kills at random may strike often before there is progress
+SAME_ERRORS = 3
 MAX_CAUSE = 300  # characters: some libraries write pages
 
 REASONS = {0: "it has finished", 2: "a mistake that no restart mends"}
@@ -66,20 +67,22 @@ class Decision:
 
 
 def decide(endings: Sequence[Ending], restarts: int) -> Decision:
-    """What follows the last of `endings`, all of one run; `restarts`: at most so many.
-
-    The wait doubles from attempt to attempt that trained no further than the one before."""
+    """What follows the last of `endings`, all of one run; `restarts`: at most so many in a row of
+    which none trained further than all before. The wait doubles with each of those."""
     last = endings[-1]
     if last.code in REASONS:
         return Decision(False, REASONS[last.code])
-    if len(endings) > restarts:
-        return Decision(False, f"it was started again {restarts} times, which is all it may be")
+    furthest = max(end.step for end in endings)
+    stuck = len(endings) - [end.step for end in endings].index(furthest)
+    if stuck > restarts:
+        return Decision(
+            False, f"it was started again {restarts} times without a step beyond {furthest}"
+        )
     alike = len([*takewhile(last.resembles, reversed(endings))])
-    if alike >= (SAME_DEATHS if _DEATH.search(last.cause) else SAME_ERRORS):
+    if alike >= SAME_ERRORS and not _DEATH.search(last.cause):
         return Decision(
             False, f"{alike} times in a row it ended after {last.step} steps in the same way"
         )
-    stuck = len([*takewhile(lambda end: end.step == last.step, reversed(endings))])
     return Decision(True, last.cause, min(FIRST_WAIT_S * 2 ** (stuck - 1), MAX_WAIT_S))
 
 
@@ -141,7 +144,7 @@ async def supervise(
             if code not in REASONS:
                 logger.warning("not started again: %s", decision.why)
             return code
-        _tell(folder, endings, decision, restarts)
+        _tell(folder, endings, decision)
         await asyncio.sleep(decision.wait_s)
         if stopping():
             return code
@@ -165,11 +168,11 @@ def _ending(folder: Path, code: int, before: int) -> Ending:
     return Ending(code, max(trained, default=-1) + 1, cause)
 
 
-def _tell(folder: Path, endings: Sequence[Ending], decision: Decision, restarts: int) -> None:
+def _tell(folder: Path, endings: Sequence[Ending], decision: Decision) -> None:
     last = endings[-1]
     logger.warning(
-        "restart %d of at most %d, in %g s: after %d steps %s",
-        *(len(endings), restarts, decision.wait_s, last.step, decision.why),
+        "restart %d, in %g s: after %d steps %s",
+        *(len(endings), decision.wait_s, last.step, decision.why),
     )
     told = {"time": time.time(), "step": last.step, "code": last.code, "cause": last.cause}
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +193,10 @@ def options(words: Sequence[str]) -> argparse.Namespace:
         "--supervise", action="store_true", help="go on from the last checkpoint after an accident"
     )
     parser.add_argument(
-        "--restarts", type=int, metavar="N", help=f"at most so many times, {DEFAULT_RESTARTS}"
+        "--restarts",
+        type=int,
+        metavar="N",
+        help=f"at most so many in a row without a further step, {DEFAULT_RESTARTS}",
     )
     found = parser.parse_intermixed_args(words)
     if found.restarts is not None and not found.supervise:

@@ -6,6 +6,7 @@ Read from the source alone, so imports inside functions and by `import_module(".
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -265,3 +266,28 @@ def test_a_cycle_is_seen() -> None:
 def test_args_parameter_is_seen() -> None:
     modules = fake(data__x="def good(*args): ...\nclass A:\n    def bad(self, args): ...")
     assert args_parameters(modules) == ["data.x:3 bad(args)"]
+
+
+# Where the wall clock is read, which may jump: to tell when, never how long or until when.
+WALL_CLOCK = {
+    "chaos.command": "names a folder",
+    "cli": "names a folder",
+    "cluster.everywhere": "compares the clocks of hosts",
+    "evaluate": "names a folder",
+    "launch.facts": "compares the clocks of hosts",
+    "launch.roster": "compares the clocks of hosts",
+    "serve.form": "told to clients",
+    "serve.server": "told to clients",
+    "supervise": "names a folder, notes when",
+}
+
+
+def test_nothing_is_timed_by_a_clock_that_jumps(package: Modules) -> None:
+    read = re.compile(r"(time\.time|time_ns|time\.localtime|datetime\.(now|utcnow|today))$")
+    found = {
+        name
+        for name, tree in package.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and read.search(ast.unparse(node.func))
+    }
+    assert found == set(WALL_CLOCK)

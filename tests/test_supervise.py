@@ -23,7 +23,6 @@ from miles_lite.summary import read_restarts
 from miles_lite.supervise import (
     FIRST_WAIT_S,
     MAX_WAIT_S,
-    SAME_DEATHS,
     SAME_ERRORS,
     Ending,
     decide,
@@ -44,11 +43,15 @@ def test_a_crash_is_an_accident(code: int) -> None:
     assert decision.again and decision.why == "so it was" and decision.wait_s == FIRST_WAIT_S
 
 
-def test_restarts_are_bounded() -> None:
-    endings = [Ending(137, step, "killed by SIGKILL") for step in range(4)]
-    assert decide(endings[:3], 3).again
-    assert not decide(endings, 3).again and "3 times" in decide(endings, 3).why
-    assert not decide(endings[:1], 0).again
+def test_restarts_without_progress_are_bounded() -> None:
+    killed = [Ending(137, step, "killed by SIGKILL") for step in range(50)]
+    assert all(decide(killed[:n], 1).again for n in range(1, 51))
+    back = [Ending(137, n, "killed by SIGKILL") for n in (48, 47, 49)]  # trained once before
+    assert decide([*killed, *back[:2]], 3).again
+    given_up = decide([*killed, *back], 3)
+    assert not given_up.again and "3 times without a step beyond 49" in given_up.why
+    assert decide([*killed, *back, Ending(137, 50, "")], 3).again
+    assert not decide(killed[:1], 0).again
 
 
 def test_the_wait_doubles_until_there_is_progress() -> None:
@@ -62,22 +65,22 @@ def test_the_wait_doubles_until_there_is_progress() -> None:
 def test_the_same_error_at_the_same_step_is_a_bug() -> None:
     assert decide([BUG] * (SAME_ERRORS - 1), 99).again
     given_up = decide([BUG] * SAME_ERRORS, 99)
-    assert not given_up.again and "2 times in a row it ended after 3 steps" in given_up.why
+    assert not given_up.again and "3 times in a row it ended after 3 steps" in given_up.why
     further = Ending(1, 4, BUG.cause)
-    assert decide([BUG, further], 99).again
-    assert decide([BUG, KILLED, BUG], 99).again
+    assert decide([*[BUG] * (SAME_ERRORS - 1), further], 99).again
+    assert decide([BUG, BUG, KILLED, BUG], 99).again
 
 
 def test_numbers_make_no_other_error() -> None:
-    one, other = (Ending(1, 3, f"OSError: port {n} of actor {n:016x}") for n in (99, 170))
-    assert not decide([one, other], 99).again
-    assert decide([one, Ending(1, 3, "OSError: no port")], 99).again
+    alike = [Ending(1, 3, f"OSError: port {n} of actor {n:016x}") for n in (99, 170, 5)]
+    assert not decide(alike, 99).again
+    assert decide([*alike[:2], Ending(1, 3, "OSError: no port")], 99).again
 
 
-def test_a_process_may_be_killed_twice_at_the_same_step() -> None:
+def test_a_process_may_be_killed_often_at_the_same_step() -> None:
     for end in (KILLED, Ending(1, 3, "trainer rank 0 died in 'step': its process 7 was killed")):
-        assert decide([end] * SAME_ERRORS, 99).again
-        assert not decide([end] * SAME_DEATHS, 99).again
+        assert decide([end] * 10, 10).again
+        assert not decide([end] * 11, 10).again
 
 
 def test_each_restart_is_noted_with_its_own_cause(
@@ -163,24 +166,25 @@ def left(family: Sequence[psutil.Process], within_s: float) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_trainer_and_driver_die_and_the_run_ends_as_if_they_had_not(tmp_path: Path) -> None:
-    words = ["--kill", "trainer,driver", "--times", "2", *SMALL, f"log.folder={tmp_path}"]
-    process = start("chaos", *words, "log.name=chaos", "train.num_steps=6")
+    """The number of kills is not bounded by that of steps."""
+    words = ["--kill", "trainer,driver", "--times", "3", *SMALL, f"log.folder={tmp_path}"]
+    process = start("chaos", *words, "log.name=chaos", "train.num_steps=3")
     output = ended(process, 380)
     assert process.returncode == 0, output[-4000:]
     folder = tmp_path / "chaos"
     told = json.loads((folder / "chaos.json").read_text())
     assert {kill["kind"] for kill in told["kills"]} == {"trainer", "driver"}
-    assert all(kill["resumed"] for kill in told["kills"])
-    assert told["samples"] == 6 * 32 and told["weights_equal"]
+    assert len(told["kills"]) == 3 and all(kill["resumed"] for kill in told["kills"])
+    assert told["samples"] == 3 * 32 and told["weights_equal"]
     assert (told["lost"], told["doubled"], told["differing"]) == (0, 0, {})
 
     summary = json.loads((folder / "disturbed/summary.json").read_text())
-    assert summary["outcome"] == "finished" and summary["restarts"] == 2
-    assert "killed by SIGKILL" in summary["restart_causes"]
-    assert "trainer rank 0 on" in summary["restart_causes"]
     restarts = read_restarts(folder / "disturbed")
-    assert [line["step"] for line in restarts] == [kill["step"] for kill in told["kills"]]
-    assert "restarts           2: after" in (folder / "disturbed.log").read_text()
+    assert 1 < len(restarts) <= 3  # one of the kills may fall into the end after another
+    assert summary["outcome"] == "finished" and summary["restarts"] == len(restarts)
+    causes = " ".join(line["cause"] for line in restarts)
+    assert "the driver was killed by SIGKILL" in causes and "trainer rank 0" in causes
+    assert "restarts           " in (folder / "disturbed.log").read_text()
 
 
 @pytest.mark.slow
@@ -200,6 +204,7 @@ def test_without_ray_it_is_started_again_and_asked_to_stop_it_is_not(tmp_path: P
     assert left(family, 1) == []
 
     wait_for(lambda: trained(run) > restart["step"], process)
+    wait_out_a_slow_disk(process, run)
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     output = ended(process, 60)
@@ -207,6 +212,28 @@ def test_without_ray_it_is_started_again_and_asked_to_stop_it_is_not(tmp_path: P
     assert "stopped by SIGTERM, all of it saved" in output
     assert output.count("restart ") == 1 and "not started again" not in output
     assert left(family, 5) == []
+
+
+def wait_out_a_slow_disk(process: subprocess.Popen[str], run: Path) -> None:
+    """Whoever writes a checkpoint does not get on for some seconds: the run waits, and goes on."""
+    writers: list[psutil.Process] = []
+
+    def saving() -> bool:
+        family = psutil.Process(process.pid).children(recursive=True)
+        writers[:] = [
+            p for p in family if "".join(p.cmdline()).startswith("ray::MegatronWorker.sa")
+        ]
+        return bool(writers)
+
+    wait_for(saving, process)
+    for writer in writers:
+        writer.suspend()
+    before = trained(run)
+    time.sleep(3)
+    assert trained(run) == before
+    for writer in writers:
+        writer.resume()
+    wait_for(lambda: trained(run) > before + 1, process)
 
 
 @pytest.mark.slow
@@ -225,3 +252,22 @@ def test_killed_it_takes_all_along(tmp_path: Path, words: list[str]) -> None:
     process.kill()
     assert left(alive, 10) == []
     process.communicate()
+
+
+@pytest.mark.slow
+def test_an_evaluation_whose_engine_dies_ends_and_says_so(tmp_path: Path) -> None:
+    words = [*SMALL[:-2], "eval.samples_per_prompt=256", f"log.folder={tmp_path}"]
+    process = start("eval", "--model", "configs/model/tiny", *words)
+
+    def answering() -> list[psutil.Process]:
+        family = psutil.Process(process.pid).children(recursive=True)
+        return [p for p in family if "".join(p.cmdline()).startswith("ray::EngineRank.poll")]
+
+    wait_for(lambda: bool(answering()), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    answering()[0].kill()
+    cause = "no sign of life from engine 0 rank 0"
+    assert cause in ended(process, 60).splitlines()[-1] and process.returncode == 1
+    [folder] = tmp_path.iterdir()
+    assert cause in json.loads((folder / "summary.json").read_text())["error"]
+    assert left(family, 5) == []

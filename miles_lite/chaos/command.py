@@ -1,5 +1,5 @@
 """`miles-lite chaos experiment=NAME --kill KIND,... [key=value ...]`: an undisturbed run, and a
-supervised one whose processes are killed at random moments, one after the other recovers."""
+supervised one whose processes are killed at random moments, those of a recovery included."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -31,26 +31,49 @@ from miles_lite.summary import read_restarts
 
 HANGS = "-hang"  # a kind with this is stopped (SIGSTOP) and not killed
 RECOVERY_S = 600.0
-STEPS_A_KILL = 3
+STEPS = 30  # of either run
 POLL_S = 0.1
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: some lines
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Kill:
     kind: str
     phase: str  # of the loop at that moment
     step: int  # steps trained by then
-    recovered_s: float  # until such a process was there again and one more step was logged
-    lost_steps: int  # trained before and again
-    resumed: bool  # by a new driver, else within the run
+    recovered_s: float = 0.0  # until such a process was there again and one more step was logged
+    lost_steps: int = 0  # trained before and again
+    resumed: bool = False  # by a new driver, else within the run
+
+
+@dataclass(slots=True)
+class Wound:
+    """A kill that the run has not recovered from."""
+
+    kill: Kill
+    victim: psutil.Process
+    number: int  # of such processes, then
+    restarts: int  # of the driver, by then
+    begin: float
+    goal: int | None = None  # more steps than these are wanted; None until it is whole again
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Of the undisturbed run."""
+
+    start_s: float  # until it has drawn the samples of a step
+    step_s: float  # saving included
+    num_steps: int
 
 
 class Disturbed:
-    """The supervised run. Consumes moments, produces Kills; waits for recovery after each."""
+    """The supervised run. Strikes make wounds; `look` finds which have healed."""
 
     def __init__(self, folder: Path, supervisor: subprocess.Popen[bytes]) -> None:
         self._folder, self._supervisor = folder, supervisor
+        self.wounds: list[Wound] = []
+        self.made: list[Kill] = []
 
     @property
     def ended(self) -> bool:
@@ -68,39 +91,48 @@ class Disturbed:
         trained = [line for line in lines if b'"perf/step_time"' in line]
         return json.loads(trained[-1])["step"] + 1 if trained else 0
 
-    def kill(self, kind: str, draw: random.Random) -> Kill | None:
-        """One of that kind, as soon as there is one. None if the run ended before or meanwhile."""
-        name = kind.removesuffix(HANGS)
-        victims: list[Member] = []
+    def strike(self, kinds: list[str], draw: random.Random) -> bool:
+        """Hit one of the first of these kinds that there is, and drop it from them. False if there
+        is none, or no driver: what it left is ending anyway."""
+        found = self._members()
+        if not any(member.kind == "driver" for member in found):
+            return False
+        for kind in kinds:
+            name = kind.removesuffix(HANGS)
+            if victims := [member.process for member in found if member.kind == name]:
+                break
+        else:
+            return False
+        victim = draw.choice(victims)
+        kill = Kill(kind, phase(found), self.trained())
+        self.wounds.append(
+            Wound(kill, victim, len(victims), self._restarts(), time.monotonic()),
+        )
+        with suppress(psutil.NoSuchProcess):  # it was first
+            victim.send_signal(signal.SIGSTOP if kind != name else signal.SIGKILL)
+        self.made.append(kill)
+        kinds.remove(kind)
+        return True
 
-        def found() -> bool:
-            victims[:] = [m for m in self._members() if m.kind == name]
-            return bool(victims)
-
-        if not self._wait(found, f"there is no {name} process"):
-            return None
-        victim = draw.choice(victims).process
-        at, step, restarts = phase(self._members()), self.trained(), self._restarts()
-        victim.send_signal(signal.SIGSTOP if kind != name else signal.SIGKILL)
-        begin, lowest = time.monotonic(), step
-
-        def whole() -> bool:
-            nonlocal lowest
-            lowest = min(lowest, self.trained())
-            now = [m.process for m in self._members() if m.kind == name]
-            return name == "reward" or (victim not in now and len(now) >= len(victims))
-
-        def trains() -> bool:
-            nonlocal lowest
-            lowest = min(lowest, now := self.trained())
-            return now > goal
-
-        recovered = self._wait(whole, f"the {name} process did not come again")
-        goal = max(step, self.trained())  # an engine may die while the trainer ends the step
-        if not (recovered and self._wait(trains, f"no step after the {name} process came again")):
-            return None
-        took = time.monotonic() - begin
-        return Kill(kind, at, step, took, step - lowest, self._restarts() > restarts)
+    def look(self) -> None:
+        """Note and tell what has healed. Raises RunError if something does not."""
+        ended, trained, found = self.ended, self.trained(), self._members()
+        for wound in list(self.wounds):
+            kill, took = wound.kill, time.monotonic() - wound.begin
+            kill.lost_steps = max(kill.lost_steps, kill.step - trained)
+            now = [m.process for m in found if m.kind == kill.kind.removesuffix(HANGS)]
+            whole = wound.victim not in now and len(now) >= wound.number
+            if wound.goal is None and (whole or kill.kind == "reward"):
+                wound.goal = max(kill.step, trained)  # an engine may die while the step ends
+            if ended or (wound.goal is not None and trained > wound.goal):
+                kill.recovered_s, kill.resumed = took, self._restarts() > wound.restarts
+                self.wounds.remove(wound)
+                _tell(self.made.index(kill) + 1, kill)
+            elif took > RECOVERY_S:
+                raise RunError(
+                    f"chaos: {RECOVERY_S:g} s after a {kill.kind} process was hit the run had not "
+                    f"recovered; see {self._folder}"
+                )
 
     def _members(self) -> list[Member]:
         try:
@@ -110,17 +142,6 @@ class Disturbed:
 
     def _restarts(self) -> int:
         return len(read_restarts(self._folder))
-
-    def _wait(self, condition: Callable[[], bool], failure: str) -> bool:
-        """False if the run ended first. Raises RunError at the deadline."""
-        deadline = time.monotonic() + RECOVERY_S
-        while not self.ended:
-            if condition():
-                return True
-            if time.monotonic() > deadline:
-                raise RunError(f"chaos: {failure} within {RECOVERY_S:g} s; see {self._folder}")
-            time.sleep(POLL_S)
-        return False
 
 
 def run(words: Sequence[str]) -> int:
@@ -137,7 +158,7 @@ def run(words: Sequence[str]) -> int:
         raise ValueError(f"--kill {','.join(wrong)}: there are {', '.join(KINDS)}, and {HANGS}")
     if options.times < 1:
         raise ValueError(f"--times {options.times}: wanted at least 1")
-    overrides = _with_defaults(options.overrides, options.times)
+    overrides = _with_defaults(options.overrides)
     cfg = compose(overrides)
     if not cfg.log.samples:
         raise ValueError("log.samples=false: chaos compares the samples of both runs")
@@ -154,11 +175,14 @@ def run(words: Sequence[str]) -> int:
     with _train(folder, "undisturbed", settings) as process:
         _require(process.wait() == 0, peace)
     stamps = sorted(file.stat().st_mtime for file in peace.glob("samples/step_*"))
-    period_s = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)  # of a step, its saving included
+    pace = Pace(
+        start_s=stamps[0] - (peace / "config.yaml").stat().st_mtime,
+        step_s=(stamps[-1] - stamps[0]) / max(1, len(stamps) - 1),
+        num_steps=cfg.train.num_steps,
+    )
     print(f"a disturbed one, in {storm}", flush=True)
-    forever = ["--supervise", "--restarts", str(10 * options.times)]
-    with _train(folder, "disturbed", [*forever, *settings]) as process:
-        made = _disturb(Disturbed(storm, process), kills, options, period_s)
+    with _train(folder, "disturbed", ["--supervise", *settings]) as process:
+        made = _disturb(Disturbed(storm, process), kills, options, pace)
         _require(process.wait() == 0, storm)
 
     found = compare(storm, peace)
@@ -170,9 +194,9 @@ def run(words: Sequence[str]) -> int:
     return 0 if found.same and len(made) == options.times else 1
 
 
-def _with_defaults(overrides: Sequence[str], times: int) -> list[str]:
-    """Little is lost at a kill, and there are steps enough for all of them."""
-    defaults = {"checkpoint.every": 1, "train.num_steps": STEPS_A_KILL * times + 5}
+def _with_defaults(overrides: Sequence[str]) -> list[str]:
+    """Little is lost at a kill."""
+    defaults = {"checkpoint.every": 1, "train.num_steps": STEPS}
     given = {override.partition("=")[0] for override in overrides}
     return [*(f"{k}={v}" for k, v in defaults.items() if k not in given), *overrides]
 
@@ -202,22 +226,34 @@ def _require(fine: bool, run: Path) -> None:
 
 
 def _disturb(
-    run: Disturbed, kinds: Sequence[str], options: argparse.Namespace, period_s: float
+    run: Disturbed, kinds: Sequence[str], options: argparse.Namespace, pace: Pace
 ) -> list[Kill]:
+    """While it recovers it is hit again about every second time, so that it gets on."""
     draw = random.Random(options.seed)
-    made: list[Kill] = []
     deck: list[str] = []
     _line("", "killed", "phase", "step", "recovered", "steps lost", "by")
-    while len(made) < options.times and not run.ended:
-        if run.trained():  # the first kill may as well fall into the start
-            time.sleep(draw.uniform(0, 2 * period_s))
+    while (left := options.times - len(run.made)) and not run.ended:
         deck = deck or draw.sample(kinds, len(kinds))  # each of them equally often
-        if kill := run.kill(deck.pop(), draw):
-            made.append(kill)
-            how = "a new driver" if kill.resumed else "the run"
-            number, took = str(len(made)), f"{kill.recovered_s:.1f} s"
-            _line(number, kill.kind, kill.phase, str(kill.step), took, str(kill.lost_steps), how)
-    return made
+        steps = (pace.num_steps - run.trained()) / (left + 1)  # a kill
+        healthy_s = draw.uniform(0, 2 * steps * pace.step_s)
+        hurt_s = draw.uniform(0, 2 * pace.start_s)
+        begin = time.monotonic()
+        while not run.ended:
+            run.look()
+            wait_s = hurt_s if run.wounds or not run.trained() else healthy_s
+            if time.monotonic() - begin >= wait_s and run.strike(deck, draw):
+                break
+            time.sleep(POLL_S)
+    while run.wounds:
+        run.look()
+        time.sleep(POLL_S)
+    return run.made
+
+
+def _tell(number: int, kill: Kill) -> None:
+    how = "a new driver" if kill.resumed else "the run"
+    took, lost = f"{kill.recovered_s:.1f} s", str(kill.lost_steps)
+    _line(str(number), kill.kind, kill.phase, str(kill.step), took, lost, how)
 
 
 def _line(*cells: str) -> None:

@@ -35,7 +35,8 @@ def run(words: Sequence[str]) -> int:
         type=int,
         default=DEFAULT_RESTARTS,
         metavar="N",
-        help="of a driver that ends by accident while all hosts are there, at most so many",
+        help="of a driver that ends by accident while all hosts are there, at most so many in a "
+        "row without a further step",
     )
     options = parser.parse_intermixed_args(words)
     settings = Settings(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from miles_lite.run import read_metrics, read_samples
 from tests.rollout.sglang.servers import python
+from tests.test_supervise import trained, wait_for
 from tests.test_train import finished, launch
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
@@ -23,6 +27,16 @@ RUN = [
 ]
 
 
+def lose_the_server(process: subprocess.Popen[str], run: Path) -> None:
+    """Kill the part of SGLang that computes, in the middle of the answers of the second step."""
+    logged = run / "metrics.jsonl"
+    wait_for(lambda: logged.is_file() and trained(run) == 1, process, 900)
+    time.sleep(0.2)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "".join(child.cmdline()).startswith("sglang::scheduler"):
+            child.kill()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     engines = {
@@ -33,6 +47,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, words in engines.items():
         folder = tmp_path_factory.mktemp(name)
         process = launch(folder, *RUN, *words)
+        if name == "sglang":
+            lose_the_server(process, folder / "run")
         told = finished(process, 1500)
         assert process.returncode == 0, told[-4000:]
         folders[name] = folder / "run"
@@ -64,6 +80,11 @@ def test_metrics_of_both_agree(runs: dict[str, Path]) -> None:
         assert ours["memory/train/rollout_weights_bytes"] == 0
         # 32 answers of a policy that is right about half the time: three standard errors
         assert ours["rollout/raw_reward"] == pytest.approx(theirs["rollout/raw_reward"], abs=0.3)
+
+
+def test_a_server_that_dies_comes_back_within_the_step(runs: dict[str, Path]) -> None:
+    """And all that is held against the other engine holds of its successor, too."""
+    assert read_metrics(runs["sglang"])[1]["perf/engine_restarts"] >= 1
 
 
 def test_the_log_of_the_server_stays_with_the_run_and_has_no_secret(runs: dict[str, Path]) -> None:
