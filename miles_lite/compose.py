@@ -35,7 +35,7 @@ def compose(overrides: Sequence[str]) -> Config:
             f"say which experiment: experiment=NAME, with NAME one of {', '.join(names)}"
             + (f"; not {chosen[0]!r}{_nearest(chosen[0], names)}" if chosen else "")
         )
-    overrides = [_checked_override(override) for override in overrides]
+    overrides = [_readable(_checked_override(override)) for override in overrides]
     ConfigStore.instance().store(name="knobs", node=_defaults(Config))
     # in YAML, ${project:}/... names a file of this project wherever the user stands
     OmegaConf.register_new_resolver("project", lambda: str(CONFIGS.parent), replace=True)
@@ -139,11 +139,7 @@ def _defaults(cls: Any) -> dict[str, Any]:
 
 
 def _checked_override(override: str) -> str:
-    """Refuse a mistyped key with the nearest name, and what is no override at all (hydra's own
-    messages name neither)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
+    """Refuse a mistyped key with the nearest name (hydra's own message names none)."""
     key, equals, value = override.partition("=")
     if not (key and equals):
         own, lacks = _called_here(key), "key" if equals else "'='"
@@ -152,14 +148,6 @@ def _checked_override(override: str) -> str:
         )
     if "[" in value and value[0] not in "[{'\"":
         override = f"{key}='{value}'"  # rows of a file, which hydra would take for a list
-    try:
-        OverridesParser.create().parse_override(override)
-    except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
-        told = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"override {short(override)} cannot be read ({told[:200]}): text with spaces, quotes "
-            f"or brackets goes into quotes, {key}='...'"
-        ) from None
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"hardware"}
     if key in groups:
         return override
@@ -176,6 +164,22 @@ def _checked_override(override: str) -> str:
         if not is_dataclass(hint):
             break
         cls = hint
+    return override
+
+
+def _readable(override: str) -> str:
+    """Refuse what hydra cannot parse (its own message says not which)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
+        told = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"override {short(override)} cannot be read ({told[:200]}): text with spaces, quotes "
+            f"or brackets goes into quotes, {override.partition('=')[0]}='...'"
+        ) from None
     return override
 
 

@@ -230,7 +230,11 @@ class RolloutConfig:
             raise ConfigError(
                 f"top_p = {self.top_p}, top_k = {self.top_k}: wanted 0 < top_p <= 1 and top_k >= 0"
             )
-        above_0(self, "temperature", "timeout_s")  # training needs samples
+        above_0(self, "timeout_s")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature = {self.temperature}: training needs samples, so a finite one above 0"
+            )
 
     @property
     def num_samples(self) -> int:

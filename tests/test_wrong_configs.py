@@ -34,8 +34,11 @@ WRONG: list[tuple[str, str]] = [  # what is typed, and what the refusal has in i
     ("data.max_too_long_ratio=1.5", "data: max_too_long_ratio = 1.5: wanted 0 to 1"),
     ("data.train.tiny.weight=0", "data.train.tiny: weight = 0.0: wanted more than 0"),
     ("data.train.tiny.weight=inf", "data.train.tiny: weight = inf: wanted more than 0, and finite"),
-    ("rollout.temperature=0", "rollout: temperature = 0.0: wanted more than 0"),
-    ("rollout.temperature=inf", "rollout: temperature = inf: wanted more than 0, and finite"),
+    ("rollout.temperature=0", "rollout: temperature = 0.0: training needs samples, so"),
+    (
+        "rollout.temperature=inf",
+        "rollout: temperature = inf: training needs samples, so a finite one",
+    ),
     ("rollout.top_p=0", "top_p = 0.0, top_k = 0: wanted 0 < top_p <= 1"),
     ("rollout.top_p=1.5", "top_p = 1.5, top_k = 0: wanted 0 < top_p <= 1"),
     ("rollout.top_k=-1", "top_k = -1: wanted 0 < top_p <= 1 and top_k >= 0"),

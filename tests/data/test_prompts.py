@@ -147,6 +147,7 @@ def test_a_position_in_other_data_is_refused(make: Make) -> None:
         ({"position": 11}, "damaged: epoch = 0, position = 11"),
         ({"epoch": -1}, "epoch = -1"),
         ({"num_dealt": None}, "num_dealt = None"),
+        ({"num_dealt": 2**63}, "num_dealt = 9223372036854775808"),
     ],
 )
 def test_a_damaged_position_is_refused(make: Make, damage: Any, complaint: str) -> None:
@@ -155,6 +156,13 @@ def test_a_damaged_position_is_refused(make: Make, damage: Any, complaint: str) 
     state["sources"]["set"] |= damage
     with pytest.raises(ValueError, match=f"cannot resume: .*{complaint}"):
         source.restore(state)
+
+
+@pytest.mark.parametrize("sources", [None, [], "set", {"set": [1]}, {"set": None}, {"other": {}}])
+def test_a_position_of_other_types_is_refused(make: Make, sources: Any) -> None:
+    source = one(make, 10)
+    with pytest.raises(ValueError, match="cannot resume: the saved prompt position has"):
+        source.restore(source.state() | {"sources": sources})
 
 
 def test_a_refused_position_leaves_the_source_as_it_was(make: Make) -> None:
