@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.redact import HIDDEN, redacted, redacted_settings
 from miles_lite.unpickle import unpickle
+from tests.listeners import LOOPBACK, listeners
 
 PROJECT = Path(__file__).resolve().parent.parent
 CODE = ("miles_lite", "rewards", "scripts", "tools")
@@ -233,14 +234,6 @@ class Observed:
     output: str = ""
 
 
-def _listening(process: psutil.Process) -> list[tuple[str, int]]:
-    try:
-        found = process.net_connections("inet")
-        return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
-    except psutil.Error:  # just ended
-        return []
-
-
 def _ask(address: str, env: dict[str, str]) -> str:
     command = [sys.executable, "-c", STRANGER, address]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -256,7 +249,7 @@ def _look(seen: Observed, driver: psutil.Process) -> None:
         except psutil.Error:
             continue
         seen.phases.add(name)
-        for address, port in _listening(process):
+        for address, port in listeners(process):
             seen.listeners.setdefault(address, set()).add(name or str(process.cmdline()))
             # not before Ray is up: asking takes its time
             is_up = any(phase.startswith("ray::MegatronWorker") for phase in seen.phases)
@@ -311,7 +304,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
 def test_everything_listens_on_loopback(run: Observed) -> None:
     assert {"ray::MegatronWorker.step", "ray::EngineRank.poll"} <= run.phases  # we looked often
     assert any("gcs_server" in name for names in run.listeners.values() for name in names)
-    assert set(run.listeners) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, run.listeners
+    assert run.listeners.keys() <= LOOPBACK, run.listeners
 
 
 @pytest.mark.slow
