@@ -137,6 +137,22 @@ def test_a_meeting_point_listens_where_it_was_told_to() -> None:
     assert store.get("key") == b"value"
 
 
+def test_so_does_one_that_torch_makes_for_sglang() -> None:
+    code = """if True:
+        import psutil, torch.distributed as dist
+        from miles_lite.rollout.sglang import stores
+        stores.install()
+        dist.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
+        found = psutil.Process().net_connections("tcp")
+        print({c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN})
+    """
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.stdout == "{'127.0.0.1'}\n", done.stderr
+
+
 # ------------------------------------------------------------------ dependencies
 
 
