@@ -132,7 +132,7 @@ def test_a_cpu_needs_more() -> None:
 def test_the_key_is_read_and_not_seen() -> None:
     started = launch(SPEC, Place(port=1), "s3cret")
     assert "s3cret" not in " ".join([*started.argv, *started.env, *started.env.values()])
-    assert json.loads(started.request)["api_key"] == "s3cret"
+    assert json.loads(started.request)["keys"]["api_key"] == "s3cret"
     assert "\n" not in started.request
 
 
