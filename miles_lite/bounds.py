@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -39,11 +40,23 @@ def derive_batch(cfg: Any) -> None:
 
 def not_negative(section: Any, *names: str) -> None:
     for name in names:
-        if getattr(section, name) < 0:
-            raise ConfigError(f"{name} = {getattr(section, name)} is negative")
+        if not 0 <= getattr(section, name) < math.inf:
+            raise ConfigError(f"{name} = {getattr(section, name)}: wanted 0 or more, and finite")
 
 
 def positive(section: Any, *names: str) -> None:
     for name in names:
         if getattr(section, name) < 1:
             raise ConfigError(f"{name} = {getattr(section, name)}: wanted at least 1")
+
+
+def above_0(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(section, name) < math.inf:
+            raise ConfigError(f"{name} = {getattr(section, name)}: wanted more than 0, and finite")
+
+
+def below_1(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) < 1:
+            raise ConfigError(f"{name} = {getattr(section, name)}: wanted 0 <= {name} < 1")

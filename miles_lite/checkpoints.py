@@ -21,10 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.intact import HASH, OTHER_HASH, to_disk, tree_to_disk, writing
+from miles_lite.untrusted import check_inner_path, parse_object, short
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_ONLY = "latest_checkpointed_iteration.txt"  # what a folder of the converter has
+# what a state holds at least; counts are not negative
+STATE: Mapping[str, type] = {
+    "config": dict, "layout": dict, "prompts": dict,
+    "num_dead": int, "metrics_bytes": int, "drift": float,
+}  # fmt: skip
 Digests = Callable[[Path, Sequence[str]], Mapping[str, str]]  # of files, by their relative names
 
 
@@ -118,28 +124,49 @@ def read_checkpoint(folder: Path, digests: Digests) -> Checkpoint:
     """Raises ValueError that says which file is not what was written."""
     if (folder / WEIGHTS_ONLY).is_file():
         raise ValueError("it holds weights only and cannot resume the optimizer")
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        files: Mapping[str, Mapping[str, Any]] = manifest["files"]
-        sizes = {file: int(entry["bytes"]) for file, entry in files.items()}
-        hashes = {file: str(entry["hash"]) for file, entry in files.items()}
-        step, kind = int(manifest["step"]), manifest.get("hash")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"manifest.json cannot be read ({error!r})") from None
-    if kind != HASH:
-        raise ValueError(OTHER_HASH)
-    for file, size in sizes.items():
-        place = folder / file
-        found = place.stat().st_size if place.is_file() else -1
-        if found != size:
+    files = _manifest(folder)
+    for file, (size, _) in files.items():
+        if (found := _size(folder / file)) != size:
             told = "is missing" if found < 0 else f"has {found:,} bytes instead of {size:,}"
             raise ValueError(f"{file} {told}")
     found = digests(folder, list(files))
-    if broken := [file for file, digest in hashes.items() if found[file] != digest]:
+    if broken := [file for file, (_, digest) in files.items() if found[file] != digest]:
         raise ValueError(f"the contents of {', '.join(sorted(broken)[:3])} have changed")
     if "state.json" not in files:
         raise ValueError("manifest.json does not name state.json")
-    return Checkpoint(folder, step, json.loads((folder / "state.json").read_bytes()))
+    state = parse_object((folder / "state.json").read_bytes(), "state.json")
+    for key, kind in STATE.items():
+        value: Any = state.get(key)
+        if not isinstance(value, kind) or (kind is int and value < 0):
+            raise ValueError(f"state.json has {key} = {short(value)}")
+    return Checkpoint(folder, _step(folder), state)
+
+
+def _size(file: Path) -> int:
+    """-1 where there is no file, or can be none of such a name."""
+    try:
+        return file.stat().st_size if file.is_file() else -1
+    except (OSError, ValueError):
+        return -1
+
+
+def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and hash of every file, all of them below `folder`. Raises ValueError."""
+    try:
+        manifest = parse_object((folder / "manifest.json").read_bytes(), "manifest.json")
+        files = {
+            str(file): (int(entry["bytes"]), str(entry["hash"]))
+            for file, entry in manifest["files"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"manifest.json cannot be read ({error!r})") from None
+    if manifest.get("hash") != HASH:
+        raise ValueError(OTHER_HASH)
+    if manifest.get("step") != _step(folder):
+        raise ValueError(f"manifest.json is of step {short(manifest.get('step'))}")
+    for file in files:
+        check_inner_path(file, "manifest.json")
+    return files
 
 
 def _name(step: int) -> str:

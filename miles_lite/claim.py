@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import IO, Any
 import yaml
 
 from miles_lite.config import ConfigError
+from miles_lite.records import read_mapping
 
 
 class RunFinished(Exception):
@@ -52,8 +52,7 @@ def check_same(folder: Path, plain: Mapping[str, Any]) -> None:
         raise ConfigError(f"{path} cannot be read ({error}): choose another log.name") from None
     now = flat(plain)
     refuse_changes(folder, before, now)
-    summary = folder / "summary.json"
-    ended = json.loads(summary.read_text()).get("outcome") if summary.is_file() else ""
+    ended = read_mapping(folder / "summary.json").get("outcome")
     if ended == "finished" and now["train.num_steps"] <= before["train.num_steps"]:
         raise RunFinished(
             f"{folder} has finished its {before['train.num_steps']} steps: raise train.num_steps "

@@ -9,9 +9,9 @@ from datetime import datetime
 from miles_lite import log
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
+from miles_lite.intact import RunError
 from miles_lite.protocols import EngineError, RemoteError
 from miles_lite.rollout.signal import NoSignalError
-from miles_lite.run import RunError
 from miles_lite.stop import ENDED_ITSELF, AlarmError, Stopped
 
 USAGE = """\

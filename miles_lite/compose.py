@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from miles_lite import foreign
 from miles_lite.config import Config, ConfigError, SourceConfig
+from miles_lite.untrusted import short
 
 T = TypeVar("T")
 
@@ -102,9 +103,13 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isnan(value):  # it would pass every comparison with a bound
+        try:
+            number = float(value)
+        except OverflowError:  # of an integer with hundreds of digits
+            raise ConfigError(f"{path} is more than any number that a float holds") from None
+        if math.isnan(number):  # it would pass every comparison with a bound
             raise ConfigError(f"{path} = {value} is no number")
-        return float(value)
+        return number
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{path} = {value!r} is {type(value).__name__}, wanted {hint.__name__}")
@@ -134,15 +139,27 @@ def _defaults(cls: Any) -> dict[str, Any]:
 
 
 def _checked_override(override: str) -> str:
-    """Refuse a mistyped key with the nearest name (hydra's own message names none)."""
+    """Refuse a mistyped key with the nearest name, and what is no override at all (hydra's own
+    messages name neither)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     key, equals, value = override.partition("=")
-    if not equals:
-        own = _called_here(key)
+    if not (key and equals):
+        own, lacks = _called_here(key), "key" if equals else "'='"
         raise ConfigError(
-            f"override {override!r} has no '=': write key=value" + (f", here {own}" if own else "")
+            f"override {override!r} has no {lacks}: write key=value" + f", here {own}" * bool(own)
         )
     if "[" in value and value[0] not in "[{'\"":
         override = f"{key}='{value}'"  # rows of a file, which hydra would take for a list
+    try:
+        OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
+        told = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"override {short(override)} cannot be read ({told[:200]}): text with spaces, quotes "
+            f"or brackets goes into quotes, {key}='...'"
+        ) from None
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"hardware"}
     if key in groups:
         return override

@@ -6,13 +6,15 @@ sections. Derived values are properties. Imports no torch.
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from miles_lite.alarm_config import AlarmConfig
-from miles_lite.bounds import ConfigError, derive_batch, not_negative, positive
+from miles_lite.bounds import ConfigError, above_0, below_1, derive_batch, not_negative, positive
+from miles_lite.data_config import DataConfig
+from miles_lite.data_config import SourceConfig as SourceConfig  # part of what a config is
 from miles_lite.parallel import EngineDims, ParallelDims
 
 
@@ -55,7 +57,9 @@ class OptimConfig:
     cpu_offload: bool = False  # optimizer state and step on the host
 
     def __post_init__(self) -> None:
-        not_negative(self, "lr")
+        not_negative(self, "lr", "warmup_updates", "weight_decay", "clip_grad")
+        above_0(self, "eps")
+        below_1(self, "beta1", "beta2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +144,8 @@ class AlgoConfig:
         not_negative(self, "opsm_delta", "overlong_buffer", "overlong_penalty")
         not_negative(self, "aggregation_constant", "ref_update_interval")
         not_negative(self, "kl_coef", "kl_loss_coef")  # or the policy is paid for running away
+        if not math.isfinite(self.entropy_coef):
+            raise ConfigError(f"entropy_coef = {self.entropy_coef}: wanted a finite number")
 
     @property
     def needs_reference(self) -> bool:
@@ -158,41 +164,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive(self, "num_steps", "max_tokens_per_micro_batch", "logprob_chunk_tokens")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
-    """One data set: a .jsonl or .parquet file, a folder saved by `datasets`, or one of the hub."""
-
-    path: str  # optionally with rows, path[0:100]; of the hub: hf:owner/name, ?name=...&split=...
-    weight: float = 1.0  # share among the sources of a mixture
-    prompt_key: str = "prompt"  # chat messages or text; a dot reaches into an object
-    prompt_template: str = ""  # text around a prompt that is text, with {prompt} for it
-    label_key: str = "label"  # string or number
-    label_pattern: str = ""  # regular expression; its group 1 is the label, as in "#### (.+)"
-    reward: str = ""  # a name in reward.others; a row's metadata may choose another
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ConfigError(f"weight = {self.weight}: wanted more than 0")
-        if self.prompt_template and "{prompt}" not in self.prompt_template:
-            raise ConfigError(f"prompt_template = {self.prompt_template!r} has no {{prompt}}")
-        try:
-            num_groups = re.compile(self.label_pattern).groups
-        except re.error as error:
-            raise ConfigError(f"label_pattern = {self.label_pattern!r}: {error}") from None
-        if self.label_pattern and not num_groups:
-            raise ConfigError(f"label_pattern = {self.label_pattern!r} has no group ( )")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    # by name; a path alone stands for a source of defaults, named after the file
-    train: dict[str, SourceConfig]
-    eval: dict[str, SourceConfig] = field(default_factory=dict)  # held-out sets
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # e.g. enable_thinking: true
-    max_prompt_tokens: int = 1024  # longer prompts are left out and counted
-    max_too_long_ratio: float = 0.1  # more of them than this is an error
+        above_0(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,10 +225,7 @@ class RolloutConfig:
             raise ConfigError(
                 f"top_p = {self.top_p}, top_k = {self.top_k}: wanted 0 < top_p <= 1 and top_k >= 0"
             )
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"temperature = {self.temperature}: training needs samples, so temperature > 0"
-            )
+        above_0(self, "temperature", "timeout_s")  # training needs samples
 
     @property
     def num_samples(self) -> int:
@@ -287,8 +256,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         positive(self, "workers", "memory_mb", "max_chars")
         not_negative(self, "cache_len", "max_dead_steps")
-        if self.timeout_s <= 0:
-            raise ConfigError(f"timeout_s = {self.timeout_s}: wanted more than 0")
+        above_0(self, "timeout_s")
 
     @property
     def functions(self) -> dict[str, RewardFunction]:
@@ -340,6 +308,10 @@ class SyncConfig:
     bucket_bytes: int = 256 << 20  # two of them per trainer rank hold weights on their way
     timeout_s: float = 600.0
 
+    def __post_init__(self) -> None:
+        positive(self, "bucket_bytes")
+        above_0(self, "timeout_s")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
@@ -364,6 +336,10 @@ class ClusterConfig:
     threads_per_rank: int = 1  # of CPU maths in one process
     hardware: str = "h200"  # configs/hardware/NAME.yaml: what `plan` takes devices and hosts for
 
+    def __post_init__(self) -> None:
+        above_0(self, "start_timeout_s")
+        positive(self, "threads_per_rank")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
@@ -371,6 +347,12 @@ class LogConfig:
     name: str = ""  # of the run, which goes on where it stopped; "" starts a new one every time
     wandb_project: str = ""  # "" for no W&B
     samples: bool = True  # keep every sample of every step
+
+    def __post_init__(self) -> None:
+        if self.name in (".", "..") or "/" in self.name or not self.name.isprintable():
+            raise ConfigError(
+                f"name = {self.name!r}: wanted the name of one folder; log.folder says where it is"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -394,6 +376,8 @@ class Config:
 
     def __post_init__(self) -> None:
         derive_batch(self)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed}: wanted 0 to 2^63 - 1")
         for name in self.eval.sets:
             if name not in self.data.eval:
                 known = ", ".join(self.data.eval) or "none"

@@ -11,14 +11,18 @@ import logging
 import math
 import netrc
 import os
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+import psutil
 
 from miles_lite.protocols import Metrics
 from miles_lite.types import Sample
@@ -101,6 +105,8 @@ class Sink(Protocol):
 
 
 SAMPLE_COLUMNS = ("step", "prompt", "response", "label", "reward", "no verdict because")
+SERVICE = "wandb-core"  # the process of W&B beside ours
+INIT_S, PATIENCE_S = 20, 60.0  # for its server to let a run start; for its process in any call
 SHOWN_EVERY, SHOWN_SAMPLES, SHOWN_CHARS = 10, 16, 4000  # steps, samples of each, of a text
 
 
@@ -146,9 +152,11 @@ class WandbSink:
     """Weights & Biases: metrics against step axes of their own, files under the run folder.
 
     Without WANDB_API_KEY or a login the run is kept offline (`wandb sync` sends it later) and no
-    network call is made; WANDB_MODE overrides this. The run id lies in the run folder and in each
-    checkpoint, so a resumed run is the same run. Raises ImportError if wandb is not installed; any
-    other failure of wandb is logged and counted in `num_errors`, and the training goes on.
+    network call is made; WANDB_MODE overrides this. A server that does not answer makes it an
+    offline run, too. The run id lies in the run folder and in each checkpoint, so a resumed run is
+    the same run. Raises ImportError if wandb is not installed; any other failure of wandb is logged
+    and counted in `num_errors`, and the training goes on: a call that takes longer than PATIENCE_S
+    loses the process that it waits for.
     """
 
     def __init__(
@@ -161,66 +169,88 @@ class WandbSink:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_login() else "offline")
-        if mode == "offline":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or wandb's errors call home
-        wandb = import_module("wandb")
-        if not hasattr(wandb, "init"):  # a folder of that name in the working directory imports too
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it calls home, and waits for it
+        self._wandb = import_module("wandb")
+        if not hasattr(self._wandb, "init"):  # a folder of that name in the working directory
             raise ImportError("wandb is not installed")
         self.num_errors = 0
         self._prefixes: set[str] = set()  # of metrics whose x-axis is defined
         self._run: Any = None
-        try:
-            self._run = wandb.init(
-                dir=str(folder),
-                project=project,
-                name=name,
-                group=group,
-                id=kept_run_id(folder) or _new_run_id(folder),
-                resume=None if mode == "offline" else "allow",
-                mode=mode,
-                config=dict(config or {}),
-                # wandb's own record of machine and command line would have what was said there in
-                # plain words; ours is in `config`
-                settings=wandb.Settings(console="off", x_disable_meta=True),
-            )
-        except Exception as error:
-            self._report("start", error)
+        wanted = {
+            "dir": str(folder),
+            "project": project,
+            "name": name,
+            "group": group,
+            "id": kept_run_id(folder) or _new_run_id(folder),
+            "config": dict(config or {}),
+            # wandb's own record of machine and command line would have what was said there in plain
+            # words; ours is in `config`
+            "settings": self._wandb.Settings(
+                console="off", init_timeout=INIT_S, x_disable_meta=True
+            ),
+        }
+        with self._bounded("start"):
+            resume = None if mode == "offline" else "allow"
+            self._run = self._wandb.init(mode=mode, resume=resume, **wanted)
+        if self._run is None and mode == "online":
+            _end_service()  # it holds the run's id until it reaches its server
+            with suppress(Exception, SystemExit):
+                self._wandb.teardown()
+            with self._bounded("start offline"):
+                self._run = self._wandb.init(mode="offline", **wanted)
+                logger.warning(
+                    "W&B: offline from here; `wandb sync` sends it from %s/wandb", folder
+                )
 
     def log(self, step: int, metrics: Metrics) -> None:
         """`step` fills in the x-axes ("train/step", ...) that the metrics do not bring along."""
         if self._run is None:
             return
         prefixes = {name.split("/")[0] for name in metrics}
-        try:
+        with self._bounded("log"):
             for prefix in sorted(prefixes - self._prefixes):
                 self._run.define_metric(wandb_axis(prefix))
                 self._run.define_metric(f"{prefix}/*", step_metric=wandb_axis(prefix))
                 self._prefixes.add(prefix)
             self._run.log({wandb_axis(prefix): step for prefix in sorted(prefixes)} | metrics)
-        except Exception as error:
-            self._report("log", error)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
         if self._run is None or step % SHOWN_EVERY:
             return
         rows = [_row(step, sample) for sample in samples[:SHOWN_SAMPLES]]
-        try:
-            table = import_module("wandb").Table(columns=list(SAMPLE_COLUMNS), data=rows)
+        with self._bounded("log samples"):
+            table = self._wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)
             self._run.log({wandb_axis("rollout"): step, "rollout/samples": table})
-        except Exception as error:
-            self._report("log samples", error)
 
     def close(self) -> None:
         if self._run is None:
             return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._report("finish", error)
+        with self._bounded("finish"):
+            try:
+                self._run.finish()
+            finally:  # or this process would wait, for ever, when it exits
+                self._wandb.teardown()
 
-    def _report(self, what: str, error: Exception) -> None:
-        self.num_errors += 1
-        logger.warning("W&B failed to %s (error %d): %r", what, self.num_errors, error)
+    @contextmanager
+    def _bounded(self, what: str) -> Iterator[None]:
+        """A failure meanwhile is told; what takes too long fails, as its service is killed."""
+        timer = threading.Timer(PATIENCE_S, _end_service)
+        timer.start()
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # teardown exits with the status of a service
+            self.num_errors += 1
+            logger.warning("W&B failed to %s (error %d): %r", what, self.num_errors, error)
+        finally:
+            timer.cancel()
+
+
+def _end_service() -> None:
+    """The process that W&B started below this one, if there is one."""
+    for child in psutil.Process().children():
+        if child.name() == SERVICE:
+            logger.warning("W&B: its process %d is killed: it does not come to an end", child.pid)
+            child.kill()
 
 
 def _row(step: int, sample: Sample) -> list[Any]:

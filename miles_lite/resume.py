@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -42,12 +43,45 @@ class Probe:
     prompt_lengths: np.ndarray  # [sequence]
     scores: np.ndarray  # [response tokens of all] log-probs, fp32 as the trainer computes them
 
+    @property
+    def fault(self) -> str:
+        """What `save` cannot have written, "" if it can."""
+        whole = (self.tokens, self.lengths, self.prompt_lengths)
+        if any(each.ndim != 1 for each in (*whole, self.scores)):
+            return "arrays of other shapes"
+        if any(each.dtype.kind not in "iu" for each in whole) or self.scores.dtype.kind != "f":
+            return "arrays of other types"
+        if not 0 < len(self.lengths) == len(self.prompt_lengths):
+            return f"{len(self.lengths)} lengths of {len(self.prompt_lengths)} answers"
+        lengths, prompts = self.lengths.astype(int), self.prompt_lengths.astype(int)
+        if not ((prompts > 0) & (prompts <= lengths) & (lengths <= self.tokens.size)).all():
+            return "lengths that are none"
+        if (lengths.sum(), (lengths - prompts).sum()) != (self.tokens.size, self.scores.size):
+            return "tokens, lengths and scores that do not fit each other"
+        return "token ids below 0" if self.tokens.min() < 0 else ""
+
     def gaps(self, scores: Sequence[np.ndarray]) -> tuple[float, float]:
         """Nats a token between these and the probe's: on average, and of the worst answer."""
         again = np.concatenate(scores)
         apart = np.abs(again - self.scores)
         each = np.split(apart, np.cumsum(self.lengths - self.prompt_lengths)[:-1])
         return float(apart.mean()), max(float(one.mean()) for one in each if one.size)
+
+
+def read_probe(path: Path) -> Probe:
+    """Raises CheckpointError."""
+    try:
+        with np.load(path) as arrays:
+            probe = Probe(**arrays)
+            fault = probe.fault
+    except Exception as error:  # a damaged archive raises all kinds
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise CheckpointError(
+            f"{path} cannot be read ({fault}): remove {path.parent} to go on from an older "
+            "checkpoint"
+        )
+    return probe
 
 
 def save(
@@ -140,8 +174,7 @@ def scores(answers: Sequence[Answer], trainer: Trainer, packing: PackSettings) -
 
 
 def _check_scores(found: Checkpoint, parts: Parts) -> None:
-    with np.load(found.folder / PROBE) as arrays:
-        probe = Probe(**arrays)
+    probe = read_probe(found.folder / PROBE)
     tokens = np.split(probe.tokens, np.cumsum(probe.lengths)[:-1])
     prompt_lengths = probe.prompt_lengths.tolist()
     answers = [(tuple(t.tolist()), n) for t, n in zip(tokens, prompt_lengths, strict=True)]

@@ -52,6 +52,7 @@ from miles_lite.records import read_samples as read_samples
 from miles_lite.redact import redacted_settings
 from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
+from miles_lite.untrusted import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +255,8 @@ def _check(cfg: Config) -> None:
 def _run_id_of_checkpoints(folder: Path) -> str:
     """The W&B id that a checkpoint brought along; "" if none does. All are of one run."""
     for state in sorted(folder.glob("step_*/state.json"), reverse=True):
-        with suppress(OSError, ValueError, AttributeError):  # damaged ones are told of on loading
-            if run_id := json.loads(state.read_bytes()).get(RUN_ID):
+        with suppress(OSError, ValueError):  # damaged ones are told of on loading
+            if run_id := parse_object(state.read_bytes(), str(state)).get(RUN_ID):
                 return str(run_id)
     return ""
 
@@ -310,9 +311,12 @@ def _record(
     )
 
 
-def _json_floats(values: Sequence[float]) -> list[float | None]:
-    """Nine digits, which give every float32 back exactly; JSON has no NaN or infinity."""
-    return [float(f"{value:.9g}") if math.isfinite(value) else None for value in values]
+def _json_floats(values: Sequence[float]) -> str:
+    """Nine digits, which give every float32 back exactly; JSON has no NaN or infinity. All at once:
+    a step of a large run has tens of millions."""
+    if all(map(math.isfinite, values)):
+        return "[" + ", ".join(["%.9g"] * len(values)) % tuple(values) + "]"
+    return "[" + ", ".join(f"{v:.9g}" if math.isfinite(v) else "null" for v in values) + "]"
 
 
 def _file_name(step: int) -> str:
@@ -320,12 +324,13 @@ def _file_name(step: int) -> str:
 
 
 def _write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
-    with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw) as file:
+    with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw) as file:
         for record in records:
             line = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            line |= {key: _json_floats(line[key]) for key in TOKEN_FLOATS}
-            (line["advantage"],) = _json_floats([record.advantage])
-            file.write(json.dumps(line).encode("ascii") + b"\n")
+            floats = [f', "{key}": {_json_floats(line.pop(key))}' for key in TOKEN_FLOATS]
+            if not math.isfinite(record.advantage):
+                line["advantage"] = None
+            file.write(f"{json.dumps(line)[:-1]}{''.join(floats)}}}\n".encode("ascii"))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
-"""JSON that anybody may have written: whatever is wrong with it is a ValueError that says where."""
+"""JSON that anybody may have written, and paths in it: whatever is wrong is a ValueError that says
+where."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 MAX_LINE_BYTES = 64 << 20  # a longer line is refused before more of it is read
@@ -39,6 +41,14 @@ def numbered_lines(file: BinaryIO | Any, name: object) -> Iterator[tuple[str, by
                 "object a line"
             )
         yield f"{name}:{number}", line
+
+
+def check_inner_path(file: object, where: str) -> None:
+    """Raise ValueError unless `file` names something below the folder that it is joined to."""
+    text = file if isinstance(file, str) else ""
+    way = PurePosixPath(text)
+    if not text or str(way) != text or way.is_absolute() or ".." in way.parts or "\0" in text:
+        raise ValueError(f"{where} names {short(file)}, which is no file below it")
 
 
 def _refuse_depth(value: Any, where: str) -> None:

@@ -17,8 +17,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 # Lowest first; a module imports its own level and those below.
 LEVELS = (
-    "types protocols bounds alarm_config config foreign compose metrics log device parallel "
-    "environment stop checkpoints claim intact orphan untrusted records unpickle redact",
+    "types protocols bounds alarm_config data_config config foreign compose metrics log device "
+    "parallel environment stop checkpoints claim intact orphan untrusted records "
+    "unpickle redact",
     "algo data models",
     "weights cluster",
     "trainer rollout run console summary alarms dashboard",
@@ -215,6 +216,7 @@ def test_files_and_functions_fit_a_reader(package: Modules) -> None:
             "torch ray megatron numpy rich",
         ),
         ("run console", "torch ray megatron transformers wandb"),
+        ("cli", "torch ray megatron transformers numpy rich"),
     ],
 )
 def test_light_modules_stay_light(modules: str, absent: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -12,15 +14,26 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from miles_lite.checkpoints import CheckpointError, Checkpoints
+from miles_lite.checkpoints import STATE, CheckpointError, Checkpoints
 from miles_lite.intact import file_digest
+from miles_lite.resume import Probe, read_probe
+from miles_lite.weights.conversion import read_manifest
 
 
 def digests(folder: Path, files: Sequence[str]) -> Mapping[str, str]:
     return {file: file_digest(folder / file) for file in files}
+
+
+def state(step: int) -> dict[str, Any]:
+    known = {"config": {}, "layout": {}, "num_dead": 0, "metrics_bytes": 0, "drift": float("inf")}
+    return known | {"prompts": {"cursor": step}}
 
 
 def write(checkpoints: Checkpoints, step: int) -> Path:
@@ -29,7 +42,7 @@ def write(checkpoints: Checkpoints, step: int) -> Path:
     (folder / "policy/__0_0.distcp").write_bytes(bytes(range(256)) * step)
     (folder / "random").mkdir()
     (folder / "random/rank_00000.pt").write_bytes(b"state")
-    return checkpoints.commit(step, {"cursor": step}, digests).folder
+    return checkpoints.commit(step, state(step), digests).folder
 
 
 def steps(checkpoints: Checkpoints) -> list[int]:
@@ -46,7 +59,7 @@ def test_the_newest_comes_first_with_its_state(checkpoints: Checkpoints, tmp_pat
         write(checkpoints, step)
     assert steps(checkpoints) == [10, 4, 2]
     first = next(checkpoints.intact(digests))
-    assert first.state == {"cursor": 10}
+    assert first.state == state(10)
     assert (first.folder / "random/rank_00000.pt").read_bytes() == b"state"
     assert (tmp_path / "checkpoints/latest").read_text() == "step_000004\n"  # written last
 
@@ -199,5 +212,179 @@ def test_the_manifest_names_every_file_with_its_size(
     assert sizes == {
         "policy/__0_0.distcp": 768,
         "random/rank_00000.pt": 5,
-        "state.json": len('{"cursor": 3}\n'),
+        "state.json": len(json.dumps(state(3))) + 1,
     }
+
+
+def forge(folder: Path, file: str, data: bytes) -> None:
+    """Put `data` there, and its size and hash into the manifest."""
+    (folder / file).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file] = {"bytes": len(data), "hash": file_digest(folder / file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"config": []}, "state.json has config = []"),
+        ({"layout": None}, "state.json has layout = None"),
+        ({"prompts": "all"}, "state.json has prompts = 'all'"),
+        ({"num_dead": -1}, "state.json has num_dead = -1"),
+        ({"metrics_bytes": 1.5}, "state.json has metrics_bytes = 1.5"),
+        ({"drift": "none"}, "state.json has drift = 'none'"),
+        (None, "state.json: None is not a JSON object"),
+    ],
+)
+def test_a_state_that_nobody_saved_is_skipped_though_its_hash_is_right(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, values: Any, reason: str
+) -> None:
+    write(checkpoints, 1)
+    folder = write(checkpoints, 2)
+    forge(folder, "state.json", json.dumps(values and state(2) | values).encode())
+    assert steps(checkpoints) == [1]
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../secret", "/etc/passwd", "policy/../../../secret", "./state.json", "", "..", "a\0b"],
+)
+def test_a_manifest_reaches_nothing_outside(
+    checkpoints: Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Not even to hash it: of a device or a pipe that would take for ever."""
+    (tmp_path / "secret").write_bytes(b"s")
+    write(checkpoints, 1)
+    path = write(checkpoints, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = {"bytes": 1, "hash": file_digest(tmp_path / "secret")}
+    path.write_text(json.dumps(manifest))
+    assert steps(checkpoints) == [1]
+    assert f"manifest.json names {name!r}, which is no file below it" in caplog.text
+    converted = tmp_path / "converted"
+    converted.mkdir()
+    told = {"tensors": {}, "files": {name: ""}, "hash": manifest["hash"]}
+    (converted / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"manifest\.json names .* no file below it"):
+        read_manifest(converted)
+
+
+@pytest.mark.parametrize("step", [3, -2, 10**30, True, "2", None])
+def test_a_manifest_of_another_step_is_skipped(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, step: Any
+) -> None:
+    write(checkpoints, 1)
+    path = write(checkpoints, 2) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    assert steps(checkpoints) == [1]
+    assert f"manifest.json is of step {step!r}" in caplog.text
+
+
+PROBE = Probe(*map(np.array, ([1, 2, 3, 4, 5], [2, 3], [1, 1], [-0.5, -0.25, -0.125])))
+
+
+def save_probe(path: Path, **changes: Any) -> None:
+    np.savez(path, **(dataclasses.asdict(PROBE) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lengths": np.array([2, 4])}, "do not fit each other"),
+        ({"lengths": np.array([2, -3])}, "lengths that are none"),
+        ({"lengths": np.array([2])}, "1 lengths of 2 answers"),
+        ({"lengths": np.array([2.0, 3.0])}, "arrays of other types"),
+        ({"prompt_lengths": np.array([1, 4])}, "lengths that are none"),
+        ({"scores": np.array([0, 1, 2])}, "arrays of other types"),
+        ({"scores": np.zeros((3, 1))}, "arrays of other shapes"),
+        ({"scores": np.zeros(4)}, "do not fit each other"),
+        ({"tokens": np.array([1, 2, 3, 4, -5])}, "token ids below 0"),
+        ({"more": np.array([1])}, "TypeError"),
+        ({"tokens": np.array([Path()] * 5)}, "ValueError: Object arrays cannot be loaded"),
+    ],
+)
+def test_a_probe_that_nobody_saved_is_refused(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    path = tmp_path / "probe.npz"
+    save_probe(path)
+    assert read_probe(path).scores.tolist() == PROBE.scores.tolist()
+    save_probe(path, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        read_probe(path)
+    assert reason in str(caught.value)
+    assert f"remove {tmp_path} to go on from an older checkpoint" in str(caught.value)
+
+
+def test_a_name_that_no_file_can_have_is_skipped(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(checkpoints, 1)
+    path = write(checkpoints, 2) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("x" * 5000, "\ud800"):
+        path.write_text(json.dumps(manifest | {"files": {name: {"bytes": 1, "hash": ""}}}))
+        assert steps(checkpoints) == [1]
+        assert name[:20] in caplog.text and " is missing" in caplog.text
+
+
+# ------------------------------------------------------------------ anything
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoints, dict[Path, bytes]]:
+    """And what is in the small files of the second."""
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("two"), keep=3, keep_every=0)
+    write(checkpoints, 1)
+    folder = write(checkpoints, 2)
+    files = [folder / name for name in ("state.json", "manifest.json")]
+    return checkpoints, {file: file.read_bytes() for file in files}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    file=st.sampled_from(["state.json", "manifest.json"]),
+    key=st.sampled_from([*STATE, "step", "hash", "files", "state.json"]),
+    value=VALUES,
+    cut=st.none() | st.integers(1, 300),
+)
+def test_any_value_of_a_checkpoint_is_told_or_skipped(
+    two: tuple[Checkpoints, dict[Path, bytes]], file: str, key: str, value: Any, cut: int | None
+) -> None:
+    checkpoints, sound = two
+    for path, data in sound.items():
+        path.write_bytes(data)
+    folder = next(iter(sound)).parent
+    changed = json.loads((folder / file).read_text())
+    (changed.get("files", changed) if key == "state.json" else changed)[key] = value
+    text = json.dumps(changed)[:cut].encode()
+    if file == "state.json":
+        forge(folder, file, text)
+    else:
+        (folder / file).write_bytes(text)
+    assert steps(checkpoints) in ([1], [2, 1])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(at=st.floats(0, 1, exclude_max=True), new=st.binary(max_size=4), cut=st.booleans())
+def test_any_byte_of_a_probe_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, at: float, new: bytes, cut: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "probe.npz"
+    save_probe(path)
+    sound = path.read_bytes()
+    start = int(at * len(sound))
+    path.write_bytes(sound[:start] + new + (b"" if cut else sound[start + len(new) :]))
+    with contextlib.suppress(CheckpointError):
+        assert not read_probe(path).fault

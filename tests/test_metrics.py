@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +141,8 @@ class FakeWandb:
     def finish(self) -> None:
         self._maybe_fail("finish")
 
+    def teardown(self) -> None: ...
+
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, no_login: None) -> FakeWandb:
@@ -245,6 +252,66 @@ def test_an_offline_run_has_samples_settings_and_no_key(
     ]
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or b"0123456789abcdef" not in path.read_bytes(), path
+
+
+# ------------------------------------------------------------------ W&B that does not answer
+
+
+def own(code: str, tmp_path: Path, **env: str) -> tuple[float, str, list[dict[str, Any]]]:
+    """Seconds, the log and what the file holds of a process that logs to a sink `code` disturbs."""
+    script = f"""
+import logging, os, signal, sys, psutil
+from pathlib import Path
+from miles_lite import metrics
+logging.basicConfig(level=logging.WARNING)
+metrics.INIT_S, metrics.PATIENCE_S = 1, 3.0
+def disturb(signum):
+    [service] = [c for c in psutil.Process().children() if c.name() == metrics.SERVICE]
+    service.send_signal(signum)
+sink = metrics.WandbSink(Path({str(tmp_path)!r}), project="p", name="n")
+sink.log(0, {{"train/loss": 1.5}})
+{code}
+sink.close()
+"""
+    begin = time.monotonic()
+    command = [sys.executable, "-c", script]
+    env = {**os.environ, "WANDB_API_KEY": "0" * 40, **env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    took = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    return took, done.stderr, [line for file in files for line in wandb_file.history(file)]
+
+
+@pytest.mark.parametrize("backlog", [0, 100], ids=["closed", "silent"])
+def test_without_its_server_it_goes_on_offline(backlog: int, tmp_path: Path) -> None:
+    pytest.importorskip("wandb").init  # noqa: B018
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if backlog:
+            server.listen(backlog)  # takes connections and never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        took, told, lines = own("", tmp_path, WANDB_BASE_URL=url, WANDB_MODE="online")
+    assert took < 60
+    assert "W&B failed to start (error 1)" in told and "`wandb sync` sends it from" in told
+    assert [line["train/loss"] for line in lines] == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("when", "signum"),
+    [("step", signal.SIGKILL), ("step", signal.SIGSTOP), ("end", signal.SIGSTOP)],
+)
+def test_its_process_holds_nothing_up(when: str, signum: signal.Signals, tmp_path: Path) -> None:
+    pytest.importorskip("wandb").init  # noqa: B018
+    code = f"disturb({signum:d})"
+    if when == "step":  # enough for a socket that nobody reads to be full
+        code += "\nfor n in range(300): sink.log(n, {f'perf/{i}': float(n) for i in range(500)})"
+        code += "\nprint('LOGGED', file=sys.stderr)"
+    took, told, _ = own(code, tmp_path, WANDB_MODE="offline")
+    assert took < 60
+    assert ("LOGGED" in told) == (when == "step")
+    assert f"W&B failed to {'log' if when == 'step' else 'finish'}" in told
+    assert signum is signal.SIGKILL or "is killed" in told
 
 
 def test_the_dashboard_draws_metrics_that_exist_against_their_axes() -> None:

@@ -56,7 +56,11 @@ class PromptSource:
         mine = self.state()
         if state.get("seed") != mine["seed"]:
             raise _Different("seed", state.get("seed"), mine["seed"])
-        saved = state.get("sources", {})
+        found = state.get("sources")
+        saved = {
+            name: place if isinstance(place, Mapping) else {}
+            for name, place in (found.items() if isinstance(found, Mapping) else ())
+        }
         if list(saved) != list(mine["sources"]):
             raise _Different("data sets", list(saved), list(mine["sources"]))
         for name, ours in mine["sources"].items():
@@ -72,7 +76,7 @@ class PromptSource:
 def _place(saved: Mapping[str, Any], num_rows: int) -> tuple[int, int, int]:
     """Epoch, position and number dealt. Raises ValueError for what no source can have said."""
     place = (saved.get("epoch", -1), saved.get("position", -1), saved.get("num_dealt", -1))
-    if not all(isinstance(n, int) and n >= 0 for n in place) or place[1] > num_rows:
+    if not all(isinstance(n, int) and 0 <= n < 2**63 for n in place) or place[1] > num_rows:
         raise ValueError(
             "cannot resume: the saved prompt position is damaged: epoch = {!r}, position = {!r}, "
             "num_dealt = {!r}, ".format(*place)

@@ -154,7 +154,7 @@ class _Parquet:
                 with pyarrow.ipc.new_file(copy, packed.schema_arrow) as writer:
                     for batch in packed.iter_batches(batch_size=_BATCH_ROWS):
                         writer.write_batch(batch)
-            except (OSError, pyarrow.ArrowException) as error:
+            except (OSError, ValueError, pyarrow.ArrowException) as error:  # or a name is no text
                 raise ValueError(f"{file} cannot be read as parquet: {error}") from error
             copy.flush()
             mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)

@@ -101,10 +101,11 @@ class Source:
                 f"{short(fields.messages)}, tools = {short(fields.tools)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        tokens = tokenizer.encode(text)
         self._num_seen += 1
-        if len(tokens) > self._settings.max_prompt_tokens:
-            self._leave_out(index, len(tokens))
+        limit, least = self._settings.max_prompt_tokens, tokenizer.least_tokens(text)
+        tokens = () if least > limit else tokenizer.encode(text)  # of megabytes it takes minutes
+        if (found := max(least, len(tokens))) > limit:
+            self._leave_out(index, f"{found} tokens{' or more' * (not tokens)}")
             return None
         uid = f"{self.name}:{self._rows.number(index)}"
         return Prompt(uid, tokens, text, fields.label, fields.reward, fields.metadata)
@@ -152,10 +153,10 @@ class Source:
 
     # ------------------------------------------------------------------ long prompts
 
-    def _leave_out(self, index: int, num_tokens: int) -> None:
+    def _leave_out(self, index: int, length: str) -> None:
         self._too_long += 1
         if self._too_long == 1:
-            self._first_too_long = f"{self._rows.where(index)} with {num_tokens} tokens"
+            self._first_too_long = f"{self._rows.where(index)} with {length}"
         self._refuse_too_many(PROBES)
 
     def _refuse_too_many(self, enough: int) -> None:

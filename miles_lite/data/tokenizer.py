@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miles_lite.data.trial import refuse_endless
+
 
 class ChatTokenizer:
     """The tokenizer of an HF folder. It adds and drops nothing: the template writes every token."""
@@ -21,7 +23,8 @@ class ChatTokenizer:
     def load(cls, folder: Path) -> ChatTokenizer:
         """Read tokenizer and chat template from `folder`; ValueError names what is missing.
 
-        Code shipped inside the folder is never run, and nothing is looked up on a network.
+        Code shipped inside the folder is never run, but for the template, which jinja keeps to
+        itself and `refuse_endless` within bounds; and nothing is looked up on a network.
         """
         if not folder.is_dir():
             raise ValueError(f"no tokenizer: {folder} is not a folder")
@@ -31,6 +34,7 @@ class ChatTokenizer:
             backend = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )
+            backend.encode("1+1")  # what of it breaks only now
         except Exception as error:  # damaged files of it raise all kinds
             raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
         if not backend.chat_template:
@@ -38,6 +42,12 @@ class ChatTokenizer:
                 f"the tokenizer in {folder} has no chat template; "
                 "add a chat_template.jinja to the folder"
             )
+        if not isinstance(backend.chat_template, str):
+            raise ValueError(
+                f"the chat template in {folder} is a {type(backend.chat_template).__name__}: "
+                "name one by putting it into a chat_template.jinja"
+            )
+        refuse_endless(backend.chat_template, folder)
         return cls(backend, folder)
 
     def knows(self, word: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ class Facts:
     host: str
     address: str
     python: str
-    packages: Mapping[str, str]
-    code: Mapping[str, str]  # digest by file
-    gpus: Sequence[str]
+    packages: dict[str, str]
+    code: dict[str, str]  # digest by file
+    gpus: tuple[str, ...]
     clock: float  # seconds since 1970, when they are sent
 
     @classmethod
@@ -35,7 +35,7 @@ class Facts:
             python=platform.python_version(),
             packages=package_versions(),
             code=code_digests(PROJECT),
-            gpus=gpu_names(),
+            gpus=tuple(gpu_names()),
             clock=time.time(),
         )
 

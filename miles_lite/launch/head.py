@@ -25,6 +25,7 @@ from miles_lite.launch.facts import Facts
 from miles_lite.launch.ports import Ports
 from miles_lite.launch.preflight import LaunchError, exposed, head_problems, require
 from miles_lite.launch.roster import Roster, Wanted
+from miles_lite.launch.wire import LINE_BYTES
 from miles_lite.log import say
 from miles_lite.planner.hardware import Hardware
 from miles_lite.supervise import DEFAULT_RESTARTS, Foreground, supervise
@@ -88,7 +89,7 @@ class Head:
         token = write_token(self._token)
         roster = Roster(self._own, self._wanted(), self._welcome(token), token)
         server = await asyncio.start_server(
-            roster.serve, settings.address, ports.meeting, limit=1 << 20
+            roster.serve, settings.address, ports.meeting, limit=LINE_BYTES
         )
         code, why, ray = 1, "the head failed", None
         try:
@@ -101,7 +102,9 @@ class Head:
             )
             await roster.wait_for_all(settings.wait_s)
             (self._folder / "hosts.json").write_text(json.dumps(roster.names()) + "\n")
-            await roster.go(RAY_START_S, gcs=self._gcs, resources=[self._device, self._num_devices])
+            await roster.go(
+                RAY_START_S, gcs=self._gcs, device=self._device, num_devices=self._num_devices
+            )
             code, why = await self._drive(roster, ray)
             return code
         except LaunchError as error:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles_lite.cluster.token import proof
+from miles_lite.compose import build
+from miles_lite.config import ConfigError
 from miles_lite.console import seconds
 from miles_lite.launch.facts import Facts, differences
 from miles_lite.launch.preflight import LaunchError
@@ -56,7 +58,7 @@ class Roster:
             while member is not None:
                 kind, values = await wire.receive()
                 if kind == "leaving":
-                    raise Lost(str(values.get("why")))
+                    raise Lost(values["why"])
                 member.joined |= kind == "joined"
                 self._changed.set()
         except Lost as lost:
@@ -71,9 +73,10 @@ class Roster:
         if kind != "hello":
             return None
         try:
-            facts = Facts(**values)
-        except TypeError:
-            await self._refuse(wire, wire.peer, ["it runs other code than the head"])
+            facts = build(Facts, values, "")
+        except ConfigError as error:
+            told = f"it runs other code than the head ({str(error)[:200]})"
+            await self._refuse(wire, wire.peer, [told])
             return None
         if problems := self._problems(facts, wire.peer, received):
             await self._refuse(wire, facts.name, problems)
@@ -81,10 +84,10 @@ class Roster:
         await wire.send("welcome", **self._welcome)
         kind, values = await wire.receive()
         if kind != "ready":
-            _say(f"{facts.name} cannot join: {values.get('why')}")
+            _say(f"{facts.name} cannot join: {values.get('why', kind)}")
             return None
         right = proof(self._token, facts.address).encode()
-        if not hmac.compare_digest(str(values.get("proof")).encode(), right):
+        if not hmac.compare_digest(values["proof"].encode(errors="replace"), right):
             await self._refuse(wire, facts.name, ["it does not know the token of the run"])
             return None
         if facts.address in self._members or self._started or not self._missing():

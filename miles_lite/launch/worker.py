@@ -25,11 +25,15 @@ from miles_lite.launch.preflight import (
     require,
     worker_problems,
 )
-from miles_lite.launch.wire import SILENCE_S, Lost, Wire
+from miles_lite.launch.wire import LINE_BYTES, SILENCE_S, Lost, Wire
 from miles_lite.log import say
 
 RETRY_S = 1.0
 VISIBLE_S = 15.0  # network file systems show a new file that late
+NO_HEAD = (
+    ". What answers on port {} never spoke like a head: is it another program, and the head one of "
+    "another PORT_BASE?"
+)
 NO_WAY = (errno.ENETUNREACH, errno.EADDRNOTAVAIL)  # waiting changes nothing
 
 
@@ -54,6 +58,7 @@ async def run(settings: Settings, own_address: str) -> int:
         raise LaunchError(
             f"the head {settings.address} {lost}: this worker has left; start it again once the "
             f"head runs (a head that dies is noticed within {SILENCE_S:g} s)"
+            f"{'' if wire.heard else NO_HEAD.format(settings.ports.meeting)}"
         ) from None
     finally:
         await wire.close()
@@ -66,7 +71,7 @@ async def _reach(settings: Settings, own_address: str) -> Wire:
     deadline, told = time.monotonic() + settings.wait_s, False
     while True:
         try:
-            opening = asyncio.open_connection(head, port, local_addr=local, limit=1 << 20)
+            opening = asyncio.open_connection(head, port, local_addr=local, limit=LINE_BYTES)
             return Wire(*await asyncio.wait_for(opening, 10.0))
         except (OSError, TimeoutError) as error:
             why, number = str(error) or "no answer", getattr(error, "errno", 0)
@@ -151,7 +156,7 @@ class _Visit:
                 self._wire.own,
                 self._token,
                 gcs=go["gcs"],
-                resources=resources(*go["resources"]),
+                resources=resources(go["device"], go["num_devices"]),
             )
         except LaunchError as error:
             raise await self._failure(str(error)) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from miles_lite.config import Config
@@ -18,7 +18,13 @@ from miles_lite.protocols import Hosted
 from miles_lite.rollout import layout
 from miles_lite.rollout.sglang import layout as sglang
 from miles_lite.weights.plan import sync_plan
-from miles_lite.weights.table import HfTensor, hf_tensors, mtp_tensors, trainer_layout
+from miles_lite.weights.table import (
+    HfTensor,
+    hf_tensors,
+    mtp_tensors,
+    trainer_layout,
+    trainer_layouts,
+)
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -192,7 +198,7 @@ def sync_flows(cfg: Config, model: NemotronH) -> dict[tuple[int, int], int]:
     targets = of_engine * engine.num_engines
     routes = sync_plan(
         coarse.tensors,
-        _trainer_layouts(coarse.model, dims),
+        trainer_layouts(coarse.model, dims),
         targets,
         home=range(len(targets)),
         element_bytes=ELEMENT_BYTES[cfg.model.dtype],
@@ -209,23 +215,6 @@ def sync_flows(cfg: Config, model: NemotronH) -> dict[tuple[int, int], int]:
 def layer_of(tensor: str) -> str:
     """backbone.layers.3. of backbone.layers.3.mixer.D"""
     return ".".join(tensor.split(".", 3)[:3]) + "."
-
-
-def _trainer_layouts(model: NemotronH, dims: ParallelDims) -> Sequence[Sequence[Hosted]]:
-    """Of every rank; ranks that hold the same share one list."""
-    known: dict[tuple[int, ...], list[Hosted]] = {}
-    found = []
-    for rank in range(dims.world_size):
-        key = (
-            dims.pp_rank(rank),
-            dims.tp_rank(rank),
-            dims.ep_rank(rank),
-            dims.expert_tp_rank(rank),
-        )
-        if key not in known:
-            known[key] = trainer_layout(model, dims, rank)
-        found.append(known[key])
-    return found
 
 
 def _up(number: int, multiple: int) -> int:

@@ -36,7 +36,7 @@ from miles_lite.serve.wire import (
     error_of,
 )
 from miles_lite.types import Sampling
-from miles_lite.untrusted import parse_json
+from miles_lite.untrusted import parse_json, short
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RouteError)
     async def of_route(request: Request, error: HTTPException) -> Response:
         return tell(
-            ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+            ApiError(
+                error.status_code, f"{request.method} {short(request.url.path)}: {error.detail}"
+            )
         )
 
     @app.exception_handler(EngineError)
@@ -147,7 +149,7 @@ def _guard(api_key: str) -> Callable[[Request], Awaitable[None]]:
 def _check_model(served: Served, name: str) -> None:
     if name != served.name:
         raise ApiError(
-            404, f"model {name!r} is not served here, but {served.name!r} is", "model",
+            404, f"model {short(name)} is not served here, but {served.name!r} is", "model",
             "model_not_found",
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles_lite.rollout.probes import CLOSE, OPEN
+from miles_lite.untrusted import parse_json
 
 _TOOL_OPEN, _TOOL_CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
@@ -162,7 +163,8 @@ def parse_call(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | 
     if not match or match[1].strip() not in tools:
         return None
     name = match[1].strip()
-    types = tools[name].get("properties") or {}
+    types = tools[name].get("properties")
+    types = types if isinstance(types, Mapping) else {}
     values = {
         key.strip(): _typed(value, types.get(key.strip()))
         for key, value in _PARAMETER.findall(match[2].strip())
@@ -177,7 +179,10 @@ def _typed(text: str, schema: Any) -> Any:
         return text
     for spelt in (text, text.lower().replace("none", "null")):  # models write Python's True, None
         try:
-            return json.loads(spelt)
+            value = parse_json(spelt, "a parameter")
+            # what no client could read, such as NaN or half of a surrogate pair, stays text
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            return value
         except ValueError:
             continue
     return text

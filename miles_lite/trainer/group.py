@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
-from miles_lite.cluster.actor import Remote, ask_each, call_all, gather
+from miles_lite.cluster.actor import Call, Remote, ask_each, call_all, gather
 from miles_lite.intact import writing
 from miles_lite.metrics import finish, merge
 from miles_lite.models.nemotron_h import NemotronH
@@ -27,8 +28,8 @@ from miles_lite.trainer.megatron.messages import RankReport, WorkerSpec
 from miles_lite.types import Batch
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 from miles_lite.weights.plan import Route, sync_plan
-from miles_lite.weights.sender import SyncReport, itineraries
-from miles_lite.weights.table import hf_tensors, iter_segments, mtp_tensors, trainer_layout
+from miles_lite.weights.sender import Itinerary, SyncReport, itineraries
+from miles_lite.weights.table import hf_tensors, iter_segments, mtp_tensors, trainer_layouts
 from miles_lite.weights.transport import compare
 
 
@@ -61,17 +62,12 @@ class TrainerGroup:
         return self._spec.dims.dp
 
     def step(self, batch: Batch) -> StepResult:
-        """Samples travel by reference: one object a DP rank, fetched by the ranks that need it."""
-        dims = self._spec.dims
         shares = [
-            ray.put([update.micro_batches[dp_rank] for update in batch.updates])
-            for dp_rank in range(dims.dp)
+            [update.micro_batches[dp_rank] for update in batch.updates]
+            for dp_rank in range(self.dp)
         ]
         begin = time.perf_counter()
-        calls = [
-            worker.start("step", shares[dims.dp_rank(rank)])
-            for rank, worker in enumerate(self._workers)
-        ]
+        calls = self._start_on_shares("step", shares)
         reports: list[RankReport] = gather(calls, self._timeout_s)
         metrics = finish(merge(*(report.partials for report in reports)))
         seconds = time.perf_counter() - begin
@@ -81,6 +77,14 @@ class TrainerGroup:
         logprobs = {k: v for report in reports for k, v in report.logprobs.items()}
         entropies = {k: v for report in reports for k, v in report.entropies.items()}
         return StepResult(metrics, logprobs, entropies)
+
+    def _start_on_shares(self, method: str, shares: Sequence[Any]) -> list[Call]:
+        """Samples travel by reference: one object a DP rank, fetched by the ranks that need it."""
+        refs = [ray.put(share) for share in shares]
+        return [
+            worker.start(method, refs[self._spec.dims.dp_rank(rank)])
+            for rank, worker in enumerate(self._workers)
+        ]
 
     def refresh_reference(self) -> None:
         call_all(self._workers, "refresh_reference", deadline_s=self._timeout_s)
@@ -92,11 +96,7 @@ class TrainerGroup:
         return dataclasses.asdict(self._spec.dims)
 
     def score(self, batch: Batch) -> TokenValues:
-        dims, (update, *_) = self._spec.dims, batch.updates
-        calls = [
-            worker.start("score", update.micro_batches[dims.dp_rank(rank)])
-            for rank, worker in enumerate(self._workers)
-        ]
+        calls = self._start_on_shares("score", batch.updates[0].micro_batches)
         return {k: v for scores in gather(calls, self._timeout_s) for k, v in scores.items()}
 
     def save(self, folder: Path, asynchronous: bool) -> None:
@@ -162,7 +162,7 @@ class TrainerGroup:
         for route in self._plan:
             compare(
                 receivers[route.target].name,
-                route.copies,
+                route,
                 sent[route.source].checksums[route.target],
                 received[route.target][route.source],
             )
@@ -176,7 +176,7 @@ class TrainerGroup:
             "sync/send_time_max": max(report.seconds for report in sent),
             "sync/version": float(version),
             # all equal, or `compare` would have raised
-            "sync/checksums": float(sum(len(route.copies) for route in self._plan)),
+            "sync/checksums": float(sum(len(sums) for of in received for sums in of.values())),
         }
 
     def _make_plan(self, engines: Sequence[Engine], receivers: Sequence[Remote]) -> None:
@@ -186,26 +186,28 @@ class TrainerGroup:
         home = list(range(len(targets)))  # engine rank i sits on the device of trainer rank i
         self._plan = sync_plan(
             hf_tensors(self._model),
-            [trainer_layout(self._model, dims, rank) for rank in range(dims.world_size)],
+            trainer_layouts(self._model, dims),
             targets,
             home=home,
             element_bytes=4 if self._spec.dtype == "fp32" else 2,
             bucket_bytes=self._bucket_bytes,
         )
-        ways = itineraries(self._plan, self._reach, home)
+        passing: dict[int, list[Itinerary]] = defaultdict(list)  # by trainer rank
+        for way in itineraries(self._plan, self._reach, home):
+            for rank in {way.route.source, way.last}:
+                passing[rank].append(way)
+        ending: dict[str, list[Route]] = defaultdict(list)  # by engine rank
+        for route in self._plan:
+            ending[receivers[route.target].name].append(route)
+        everyone = ray.put(receivers)
         calls = [
-            worker.start(
-                "prepare_sync", [w for w in ways if rank in (w.route.source, w.last)], receivers
-            )
+            worker.start("prepare_sync", passing[rank], everyone)
             for rank, worker in enumerate(self._workers)
         ]
         gather(calls, self._timeout_s)  # now no bucket of a sync that failed is on its way
 
         def set_routes(engine: Engine) -> int:
-            calls = [
-                rank.start("set_routes", [r for r in self._plan if receivers[r.target] == rank])
-                for rank in engine.receivers()
-            ]
+            calls = [rank.start("set_routes", ending[rank.name]) for rank in engine.receivers()]
             gather(calls, self._spec.sync_timeout_s)
             return engine.held_bytes()["weights"]
 
@@ -224,12 +226,15 @@ class TrainerGroup:
         with writing(folder):
             writer.create()
         owner: dict[tuple[str, int, int], int] = {}
-        for rank in range(dims.world_size):
-            for hosted in trainer_layout(self._model, dims, rank):
+        for rank, layout in enumerate(trainer_layouts(self._model, dims)):
+            for hosted in layout:
                 for tensor, start, _, count in iter_segments(hosted):
                     owner.setdefault((tensor, start, start + count), rank)
+        owned: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+        for piece, rank in owner.items():
+            owned[rank].append(piece)
         calls = [
-            worker.start("export_hf", folder, [piece for piece, r in owner.items() if r == rank])
+            worker.start("export_hf", folder, owned[rank])
             for rank, worker in enumerate(self._workers)
         ]
         gather(calls, self._timeout_s)

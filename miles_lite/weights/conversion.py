@@ -19,6 +19,7 @@ import torch
 
 from miles_lite.intact import HASH, OTHER_HASH, digest, to_disk
 from miles_lite.models.nemotron_h import NemotronH, spell_pattern
+from miles_lite.untrusted import check_inner_path, parse_json, parse_object
 from miles_lite.weights.hf_files import INDEX, HfFiles
 from miles_lite.weights.table import hf_tensors, mtp_tensors
 
@@ -214,7 +215,7 @@ def claim(out: Path, purpose: Mapping[str, Any]) -> None:
     # at before `told`, as a rank that says so just now writes more after it
     others = out.is_dir() and any(path.name != PROGRESS for path in out.iterdir())
     if told.is_file():
-        if (before := json.loads(told.read_text())) != purpose:
+        if (before := parse_json(told.read_bytes(), str(told))) != purpose:
             raise ValueError(f"{out} holds another conversion, of {before}: choose another --out")
     elif others:
         raise ValueError(f"{out} is not empty and was not made by this conversion")
@@ -236,12 +237,14 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     conversion wrote one."""
     path = folder / MANIFEST
     try:
-        manifest: Any = json.loads(path.read_text()) if path.is_file() else {}
+        manifest = parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
         if "tensors" not in manifest:
             return {"tensors": {}, "files": {}}
         kind = manifest.get("hash")
         tensors = {name: dict(hashes) for name, hashes in manifest["tensors"].items()}
         files = dict(manifest["files"])
+        for file in files:
+            check_inner_path(file, MANIFEST)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r})") from None
     if kind != HASH:

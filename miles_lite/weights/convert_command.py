@@ -16,9 +16,11 @@ import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from miles_lite.checkpoints import Checkpoint, read_checkpoint
+from miles_lite.claim import flat
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.intact import file_digest
 from miles_lite.orphan import die_with
+from miles_lite.untrusted import short
 from miles_lite.weights.conversion import (
     PROGRESS,
     Report,
@@ -105,7 +107,10 @@ def find_checkpoint(run: str) -> Checkpoint:
 
 def export_hf(found: Checkpoint, out: Path, workers: int) -> list[Report]:
     """Write the policy of a run's checkpoint as an HF folder."""
-    template = Path(found.state["config"]["model"]["path"])
+    path = flat(found.state["config"]).get("model.path")
+    if not isinstance(path, str):
+        raise ValueError(f"{found.folder / 'state.json'} has config.model.path = {short(path)}")
+    template = Path(path)
     alone = argparse.Namespace(node_rank=0, num_nodes=1, head_ip="", timeout=600.0, workers=workers)
     return _convert(ToHf(found.folder / "policy", template, out), alone)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from miles_lite.untrusted import parse_object
+from miles_lite.untrusted import parse_object, short
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -170,7 +170,10 @@ def weight_map(folder: Path) -> dict[str, str]:
         names = sorted(set(files.values()))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{index} cannot be read ({error!r})") from None
+    here = {path.name for path in folder.iterdir() if path.is_file()}
     for file in names:
-        if not file or Path(file).name != file or not (folder / file).is_file():
-            raise ValueError(f"{index} names the file {file!r}, which is not in {folder}")
+        if file not in here:
+            raise ValueError(f"{index} names the file {short(file)}, which is not in {folder}")
+    if not files:
+        raise ValueError(f"{index} names no tensor")
     return files

@@ -1,7 +1,9 @@
 """Who sends which slice to whom: derived once from what every rank hosts.
 
 An engine rank receives exactly the rows it hosts, from one trainer rank each, preferably the one on
-its own device. The plan is the same on every process that derives it.
+its own device. The plan is the same on every process that derives it. On a thousand ranks it has
+millions of copies, so these are tuples, which are made and pickled many times faster than frozen
+dataclasses.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
 
 from miles_lite.protocols import Form, Hosted
 from miles_lite.weights.table import HfTensor, iter_segments
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Rows of one rank's tensor: `count` along `dim` from `offset` (after taking `index`)."""
 
     param: str
@@ -25,8 +28,7 @@ class Place:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Rows [start, stop) of an HF tensor, from one trainer rank's place to one engine rank's."""
 
     tensor: str
@@ -47,17 +49,30 @@ class Route:
     target: int  # engine rank, counted over all engines
     buckets: tuple[tuple[Copy, ...], ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By columns: a fifth of the time that as many tuples take."""
+        *columns, sources, targets = zip(*self.copies, strict=True)
+        places = [list(zip(*places, strict=True)) for places in (sources, targets)]
+        return _route, (self.source, self.target, list(map(len, self.buckets)), columns, places)
+
     @property
     def copies(self) -> list[Copy]:
         return [copy for bucket in self.buckets for copy in bucket]
 
     @property
     def num_bytes(self) -> int:
-        return sum(copy.num_bytes for copy in self.copies)
+        return sum(copy.num_bytes for bucket in self.buckets for copy in bucket)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+def _route(
+    source: int, target: int, lengths: list[int], columns: list[Any], places: list[list[Any]]
+) -> Route:
+    ends = [map(Place._make, zip(*each, strict=True)) for each in places]
+    copies = map(Copy._make, zip(*columns, *ends, strict=True))
+    return Route(source, target, tuple(tuple(islice(copies, length)) for length in lengths))
+
+
+class _Held(NamedTuple):
     """Rows [start, stop) of an HF tensor as one trainer rank holds them."""
 
     start: int
@@ -87,7 +102,12 @@ def sync_plan(
                 place = Place(hosted.param, hosted.index, hosted.dim, offset)
                 held[name].append(_Held(start, start + count, rank, place))
     load = [0] * len(sources)
-    holders = functools.cache(lambda name, row: [h for h in held[name] if h.start <= row < h.stop])
+
+    @functools.cache
+    def holders(name: str, row: int) -> tuple[list[_Held], dict[int, _Held]]:
+        found = [h for h in held[name] if h.start <= row < h.stop]
+        return found, {h.rank: h for h in found}
+
     copies: dict[tuple[int, int], list[Copy]] = defaultdict(list)
     for target, hosted_list in enumerate(targets):
         for hosted in hosted_list:
@@ -101,7 +121,7 @@ def sync_plan(
                 max_rows = max(1, bucket_bytes // row_bytes)
                 row, stop = start, start + count
                 while row < stop:
-                    source = _choose(holders(name, row), home[target], load)
+                    source = _choose(*holders(name, row), home[target], load)
                     if source is None:
                         raise ValueError(
                             f"no trainer rank hosts row {row} of {name!r}, "
@@ -127,15 +147,17 @@ def sync_plan(
     ]
 
 
-def _choose(holders: Sequence[_Held], home: int, load: Sequence[int]) -> _Held | None:
-    """The one on the same device, else the one that has least to send."""
+def _choose(
+    holders: Sequence[_Held], by_rank: Mapping[int, _Held], home: int, load: Sequence[int]
+) -> _Held | None:
+    """The one on the same device, else the one that has least to send; of equals the first."""
     if not holders:
         return None
-    return min(holders, key=lambda h: (h.rank != home, load[h.rank], h.rank))
+    return by_rank.get(home) or min(holders, key=lambda h: load[h.rank])
 
 
 def _shifted(place: Place, rows: int) -> Place:
-    return Place(place.param, place.index, place.dim, place.offset + rows)
+    return place._replace(offset=place.offset + rows) if rows else place
 
 
 def _buckets(copies: Sequence[Copy], bucket_bytes: int) -> tuple[tuple[Copy, ...], ...]:

@@ -13,6 +13,7 @@ Sources: `nemotron_h` checkpoints, megatron-core `sharded_state_dict` of its Mam
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,7 @@ class HfTensor:
 
     @property
     def numel(self) -> int:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel
+        return math.prod(self.shape)
 
 
 Parts = tuple[tuple[Segment, ...], ...]
@@ -163,6 +161,23 @@ def trainer_layout(model: NemotronH, dims: ParallelDims, rank: int) -> list[Host
         name = name.replace(f"decoder.layers.{row.layer}.", f"decoder.layers.{local}.", 1)
         hosted.append(Hosted(name, -1, row.dim, row.segments(index, size)))
     return hosted
+
+
+def trainer_layouts(model: NemotronH, dims: ParallelDims) -> list[list[Hosted]]:
+    """Of every rank; ranks that hold the same share one list."""
+    known: dict[tuple[int, ...], list[Hosted]] = {}
+    found = []
+    for rank in range(dims.world_size):
+        key = (
+            dims.pp_rank(rank),
+            dims.tp_rank(rank),
+            dims.ep_rank(rank),
+            dims.expert_tp_rank(rank),
+        )
+        if key not in known:
+            known[key] = trainer_layout(model, dims, rank)
+        found.append(known[key])
+    return found
 
 
 def iter_segments(hosted: Hosted) -> Iterator[tuple[str, int, int, int]]:

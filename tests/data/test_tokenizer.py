@@ -71,3 +71,21 @@ def test_tokenizer_without_template_is_refused(tmp_path: Path, tiny_model: Path)
     assert "chat_template" not in config
     with pytest.raises(ValueError, match="has no chat template"):
         ChatTokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model_max_length": []}, "holds no tokenizer that can be read"),
+        ({"chat_template": 3}, "the chat template in .* is a int"),
+        ({"chat_template": {"default": "{{ 1 }}"}}, "the chat template in .* is a dict: name one"),
+    ],
+)
+def test_values_that_no_tokenizer_has(
+    tmp_path: Path, tiny_model: Path, change: dict[str, object], told: str
+) -> None:
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path)
+    config = json.loads((tiny_model / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=told):
+        ChatTokenizer.load(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
 import sys
@@ -17,8 +18,9 @@ from miles_lite import cli
 from miles_lite.cluster.network import addresses, ephemeral_range, interface_env
 from miles_lite.cluster.token import proof
 from miles_lite.environment import PROJECT, code_digests
-from miles_lite.launch import preflight
+from miles_lite.launch import preflight, worker
 from miles_lite.launch.facts import Facts
+from miles_lite.launch.head import Settings
 from miles_lite.launch.ports import Ports, taken
 from miles_lite.launch.preflight import (
     LaunchError,
@@ -27,10 +29,11 @@ from miles_lite.launch.preflight import (
     worker_problems,
 )
 from miles_lite.launch.roster import Roster, Wanted
-from miles_lite.launch.wire import Lost, Wire
+from miles_lite.launch.wire import LINE_BYTES, Lost, Wire
 
 HEAD = dataclasses.replace(Facts.here("127.0.0.9"), host="head")
 PORTS = Ports.of(21_000)
+WELCOME = {"token": "/nowhere", "digest": "0", "paths": [], "folder": "/"}
 
 
 def hello(**changes: Any) -> dict[str, Any]:
@@ -43,7 +46,7 @@ async def meet(
     wanted: Wanted, *messages: tuple[str, Mapping[str, Any]]
 ) -> tuple[list[tuple[str, dict[str, Any]]], Roster]:
     """Say so many things to a head; what it answers, until it closes or is silent for a second."""
-    roster = Roster(HEAD, wanted, {"token": "/nowhere"}, TOKEN)
+    roster = Roster(HEAD, wanted, WELCOME, TOKEN)
     server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
     wire = Wire(*await asyncio.open_connection(*server.sockets[0].getsockname()))
     heard = []
@@ -78,6 +81,13 @@ KNOWS = {"proof": proof(TOKEN, "127.0.0.1")}
         ({"code": {**HEAD.code, "miles_lite/train.py": "0"}}, ANY, "miles_lite/train.py; bring"),
         ({"address": "10.0.0.7"}, ANY, "calls itself 10.0.0.7 but reaches the head as 127.0.0.1"),
         ({"mood": "good"}, ANY, "it runs other code than the head"),
+        ({"packages": ["ray"]}, ANY, "it runs other code than the head (packages = ['ray'] is not"),
+        ({"gpus": 8}, ANY, "other code than the head (gpus = 8 is not"),
+        ({"gpus": [[8]]}, ANY, "other code than the head (gpus = [8] is list"),
+        ({"clock": "now"}, ANY, "other code than the head (clock = 'now' is str"),
+        ({"clock": float("nan")}, ANY, "other code than the head (clock = nan is no number"),
+        ({"clock": 10**400}, ANY, "other code than the head (clock is more than any"),
+        ({"host": None}, ANY, "other code than the head (host = None"),
         ({"gpus": ["H200"] * 4}, Wanted(2, (), 8, ()), "it has 4 GPUs, where the layout wants 8"),
         ({}, Wanted(2, ("127.0.0.9", "127.0.0.8"), 0, ()), "none of the hosts of this run"),
     ],
@@ -90,33 +100,80 @@ def test_a_host_is_refused(changes: dict[str, Any], wanted: Wanted, why: str) ->
 
 def test_a_host_that_agrees_is_welcome_and_one_that_is_too_many_is_not() -> None:
     heard, _ = asyncio.run(meet(ANY, ("hello", hello()), ("ready", KNOWS)))
-    assert heard == [("welcome", {"token": "/nowhere"})]
+    assert heard == [("welcome", WELCOME)]
     heard, _ = asyncio.run(meet(Wanted(1, (), 0, ()), ("hello", hello()), ("ready", KNOWS)))
     assert heard[-1] == ("refused", {"why": "all hosts are there already"})
 
 
-@pytest.mark.parametrize("said", [{}, {"proof": proof("guessed", "127.0.0.1")}, {"proof": "é"}])
-def test_a_host_without_the_token_of_the_run_takes_nobodys_place(said: dict[str, Any]) -> None:
-    heard, roster = asyncio.run(meet(ANY, ("hello", hello()), ("ready", said)))
+@pytest.mark.parametrize("said", ["", proof("guessed", "127.0.0.1"), "é"])
+def test_a_host_without_the_token_of_the_run_takes_nobodys_place(said: str) -> None:
+    heard, roster = asyncio.run(meet(ANY, ("hello", hello()), ("ready", {"proof": said})))
     assert heard[-1] == ("refused", {"why": "it does not know the token of the run"})
     assert roster.names() == [HEAD.name]
 
 
-def test_noise_on_the_port_is_no_host() -> None:
-    async def knock() -> list[str]:
-        roster = Roster(HEAD, ANY, {}, TOKEN)
-        server = await asyncio.start_server(roster.serve, "127.0.0.1", 0)
-        for noise in (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b"{}\n", b"x" * 100_000):
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-            writer.write(noise)
-            writer.write_eof()
+NOISE = {
+    b"GET / HTTP/1.0\r\n\r\n": "not JSON",
+    b"[1]\n": "[1] is not a JSON object",
+    b"\xff\xfe\n": "not JSON",
+    b"{}\n": "a message of kind ''",
+    b'{"kind": ["end"]}\n': "a message of kind ['end']",
+    b'{"kind": "\\u001b[2J"}\n': "a message of kind '\\x1b[2J'",
+    b'{"kind": "end", "why": "so"}\n': "end with code = None",
+    b'{"kind": "end", "why": "so", "code": "0"}\n': "end with code = '0'",
+    b'{"kind": "leaving", "why": {}}\n': "leaving with why = {}",
+    b'{"kind": "go", "gcs": "a", "device": ["cpu"], "num_devices": 1}\n': "go with device = [",
+    b'{"kind": "welcome", "token": "", "digest": "", "paths": [3], "folder": ""}\n': "paths = [3]",
+    b"[" * 100_000 + b"\n": "not JSON",
+    b'{"kind": "end", "why": ' + b"[" * 500 + b"]" * 500 + b"}\n": "more than 100 lists",
+    b'{"kind": "end", "code": ' + b"9" * 5000 + b"}\n": "not JSON",
+    b"x" * (LINE_BYTES + 1) + b"\n": "limit",
+    b"": "closed the connection",
+}
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=lambda noise: repr(noise[:40]))
+def test_noise_is_no_message(noise: bytes) -> None:
+    """To the head it is no host, and to a worker no order."""
+
+    async def knock() -> tuple[list[str], str]:
+        roster = Roster(HEAD, ANY, WELCOME, TOKEN)
+        server = await asyncio.start_server(roster.serve, "127.0.0.1", 0, limit=LINE_BYTES)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(noise)
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):  # closed before it was all read
             while await asyncio.wait_for(reader.read(1 << 16), 5):
                 pass
-            writer.close()
+        writer.close()
         server.close()
-        return roster.names()
+        said = asyncio.StreamReader(LINE_BYTES)
+        said.feed_data(noise)
+        said.feed_eof()
+        order = Wire(said, writer)
+        with pytest.raises(Lost) as lost:
+            await order.receive(5)
+        await order.close()
+        return roster.names(), str(lost.value)
 
-    assert asyncio.run(knock()) == [HEAD.name]
+    names, why = asyncio.run(knock())
+    assert names == [HEAD.name]
+    assert NOISE[noise] in why and len(why) < 300
+
+
+def test_a_connection_that_is_gone_at_once_has_no_peer() -> None:
+    """Where it was reset before its turn came the socket has no names."""
+
+    async def peer() -> tuple[str, str]:
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        wire = Wire(*await asyncio.open_connection(sock=ours))
+        with pytest.raises(Lost, match="closed the connection"):
+            await wire.receive(5)
+        await wire.close()
+        return wire.peer, wire.own
+
+    assert asyncio.run(peer()) == ("", "")
 
 
 def test_a_changed_byte_of_the_code_shows(tmp_path: Path) -> None:
@@ -187,3 +244,36 @@ def test_an_address_of_the_internet_is_refused_unless_asked_for() -> None:
 def test_a_head_that_cannot_lead(words: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["launch", "head", "127.0.0.1", "experiment=tiny", *words.split()]) == 2
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (None, "Connect call failed.*or one of another PORT_BASE"),  # the head came back elsewhere
+        (b"HTTP/1.1 400 Bad Request\r\n", "cannot be understood.*is it another program, and the"),
+        (b"", "closed the connection.*is it another program, and the head one of another PORT_BA"),
+    ],
+)
+def test_a_worker_where_no_head_is(
+    answer: bytes | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "require", lambda problems: None)  # head and worker on one host
+
+    async def other(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(answer or b"")
+        writer.close()
+
+    async def visit() -> None:
+        server = await asyncio.start_server(other, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        if answer is None:
+            server.close()
+        settings = Settings("127.0.0.1", dataclasses.replace(PORTS, meeting=port), wait_s=0.1)
+        try:
+            await worker.run(settings, "")
+        finally:
+            server.close()
+
+    with pytest.raises(LaunchError, match=why):
+        asyncio.run(visit())

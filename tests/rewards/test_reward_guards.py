@@ -43,52 +43,6 @@ def test_explosions_are_refused_by_name(answer: str, label: str) -> None:
     assert type(refusal.value).__name__ == "TooLarge"
 
 
-@pytest.mark.parametrize("label", ["5", "1/2", "x+1"])
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "__import__('os').system('touch {path}')",
-        "().__class__.__base__.__subclasses__()",
-        "x.__class__",
-        "lambda:x",
-        "x[0]",
-        "x if x else x",
-        "'a'*9**9",
-        "\x00",
-        "5\x00",
-        "\ud800",
-        "nan",
-        "inf",
-        "1/0",
-        r"\input{/etc/passwd}",
-        "(" * 200 + "x" + ")" * 200,
-        "-" * 490 + "x",
-        "{" * 400 + "x" + "}" * 400,
-    ],
-)
-def test_nonsense_is_wrong_and_runs_nothing(answer: str, label: str, tmp_path: Path) -> None:
-    target = tmp_path / "touched"
-    assert math(boxed(answer.replace("{path}", str(target))), label) == 0.0
-    assert not target.exists()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{" * 1_000_000,
-        "\\boxed{" * 150_000,
-        boxed("{" * 500_000 + "}" * 500_000),
-        boxed("\\frac" * 200_000),
-        boxed("1," * 500_000),
-        boxed("cm " * 300_000),
-        boxed(" " * 1_000_000 + "x"),
-        boxed("9" * 1_000_000),
-    ],
-)
-def test_a_megabyte_is_read_once(text: str) -> None:
-    assert math(text, "34") == 0.0
-
-
 def test_digits_of_other_scripts_count_as_python_counts_them() -> None:
     assert math(boxed("３４"), "34") == 1.0  # noqa: RUF001
     assert math(boxed("²"), "2") == 0.0

@@ -604,25 +604,3 @@ def test_a_worker_that_dies_at_start_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "dead.py").write_text("import os\nos._exit(1)")
     with pytest.raises(ValueError, match="crash"):
         pool(tmp_path / "dead.py", "dead", 2)
-
-
-# ------------------------------------------------------------------ together
-
-
-def test_hostile_answers_through_workers(tmp_path: Path) -> None:
-    """The graders' own guards and the workers' limits together: each is over within its limit."""
-    touched = tmp_path / "touched"
-    attack = f"__import__('os').system('touch {touched}')"
-    hostile = ["9**9**9**9", "99999999!", attack, "\x00", "{" * 300_000 + "}" * 300_000]
-    responses = [f"</think>\\boxed{{{answer}}}" for answer in hostile]
-
-    async def grades(workers: RewardWorkers) -> list[Verdict]:
-        return await asyncio.gather(
-            *(workers.grade(ask("x+1"), response) for response in responses)
-        )
-
-    with pool(ROOT / "rewards" / "deepscaler.py", "deepscaler", 2) as workers:
-        verdicts = asyncio.run(grades(workers))
-    refused, wrong = Verdict(0.0, "error: TooLarge"), Verdict(0.0, "")
-    assert verdicts == [refused, refused, wrong, wrong, wrong]
-    assert not touched.exists()

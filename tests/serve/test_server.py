@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -308,6 +309,37 @@ def test_a_client_that_vanishes_frees_its_slots(
     until(lambda: running(url) == 0)
     # the slots too, and not only the books: this answer has none to wait for
     assert chat(client, timeout=2).choices[0].finish_reason == "stop"
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 100_000 + b"\r\n", b"400"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\na: " + b"b" * 1_000_000 + b"\r\n\r\n", b"400"),
+        (b"\x16\x03\x01" + bytes(range(256)) * 2, b"400"),
+        (b"GET /health HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET /\x00\x1b[2J HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", b"400"),
+        (POST + b"Content-Length: 99999999999\r\n\r\n{", b"413"),
+        (POST + b"Content-Length: -1\r\n\r\n{", b"400"),
+        (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{", b"400"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n", b"401"),
+    ],
+    ids=lambda said: repr(said[:60]),
+)
+def test_what_is_no_request(url: str, said: bytes, answer: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), 10) as raw:
+        with contextlib.suppress(ConnectionError):  # closed before it was all sent
+            raw.sendall(said)
+        try:
+            told = raw.recv(1000)
+        except ConnectionError:
+            told = b""
+    assert not told or told.startswith(b"HTTP/1.1 " + answer), told
+    assert running(url) == 0
 
 
 # ------------------------------------------------------------------ what is refused before serving

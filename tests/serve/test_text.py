@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +121,16 @@ def test_values_follow_the_schema() -> None:
         "days": "many",  # not what was asked for: the caller sees what the model said
         "extra": True,
     }
+
+
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000, "[" * 500 + "]" * 500, "NaN", "-Infinity", '"\\ud800"', "9" * 5000]
+)
+@pytest.mark.parametrize("schema", [{}, {"properties": [1]}, {"properties": {"x": [[1]]}}])
+def test_what_no_client_can_read_stays_text(value: str, schema: dict[str, Any]) -> None:
+    call = parse_call(f"<function=f><parameter=x>{value}</parameter></function>", {"f": schema})
+    assert call is not None
+    assert json.loads(call.arguments.encode()) == {"x": value}
 
 
 # ------------------------------------------------------------------ a choice, of planted tokens

@@ -77,7 +77,7 @@ def test_every_engine_rank_is_filled_from_four_hosts() -> None:
     assert sum(report.num_bytes for report, _ in answers) == sum(r.num_bytes for r in routes)
     for route in routes:
         sent = answers[route.source][0].checksums[route.target]
-        compare("engine rank", route.copies, sent, answers[route.target][1][route.source])
+        compare("engine rank", route, sent, answers[route.target][1][route.source])
 
 
 def test_memory_is_shared_within_a_host() -> None:

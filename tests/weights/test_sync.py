@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,7 @@ class Cluster:
                 sent = source_checksums(
                     self.sources[source].__getitem__, route.copies, torch.float32
                 )
-                compare(f"engine rank {rank}", route.copies, sent, received)
+                compare(f"engine rank {rank}", route, sent, received)
 
 
 TRAINERS = [
@@ -195,6 +196,12 @@ def test_checksum_tells_value_order_sign_and_length() -> None:
     }
     assert len(seen) == 7
     assert checksum(x) == checksum(x.clone().view(10, 100))
+    assert checksum(x[1:]) == checksum(x[1:].clone())  # a row may begin within a word
+
+
+def test_checksum_tells_the_order_of_what_it_takes_at_a_time() -> None:
+    x = torch.arange(3 << 19, dtype=torch.int32)
+    assert checksum(x) != checksum(x.roll(1 << 19))
 
 
 def test_checksum_is_the_same_in_another_process() -> None:
@@ -223,3 +230,8 @@ def test_another_process_sees_the_slots_and_nothing_stays() -> None:
     mapped = [Path(line.split(maxsplit=5)[-1]) for line in maps if "/dev/shm/" in line]
     slots.close()
     assert not [path for path in mapped if path.exists()]
+
+
+def test_a_route_is_the_same_in_another_process() -> None:
+    routes = Cluster(TRAINERS[3], ENGINES[2]).routes
+    assert pickle.loads(pickle.dumps(routes)) == routes

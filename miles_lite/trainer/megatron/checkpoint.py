@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_lite.trainer.megatron.model import unwrap
 from miles_lite.trainer.megatron.optimizer import Optimizer
@@ -78,7 +80,8 @@ def load(
 ) -> None:
     """Take over what any layout's ranks saved. Collective. Random states only from the same one.
 
-    Raises ValueError if there is no optimizer state, or no reference where one is needed.
+    Raises ValueError if there is no optimizer state, or no reference where one is needed, or if
+    what is there cannot be read.
     """
     if not (folder / "policy").is_dir():
         raise ValueError(f"{folder} has no policy/: it is no checkpoint of a trainer")
@@ -93,18 +96,38 @@ def load(
                 f"{folder} has no reference/: the run that saved it had algo.kl_coef and "
                 "algo.kl_loss_coef = 0; a KL to another reference is another run"
             )
-        loaded = _load({"model": _weights(ddp)}, folder / "reference")
-        unwrap(ddp).load_state_dict(loaded["model"])
+        with _reading(folder / "reference"):
+            loaded = _load({"model": _weights(ddp)}, folder / "reference")
+            unwrap(ddp).load_state_dict(loaded["model"])
         for frozen, param in zip(reference, unwrap(ddp).parameters(), strict=True):
             frozen.copy_(param.data)
     state = _policy(ddp, optimizer, loading=True)
-    loaded = _load(state, folder / "policy")
-    unwrap(ddp).load_state_dict(loaded["model"])
-    optimizer.load_state(loaded["optimizer"], int(loaded["updates"]))
+    with _reading(folder / "policy"):
+        loaded = _load(state, folder / "policy")
+        unwrap(ddp).load_state_dict(loaded["model"])
+        optimizer.load_state(loaded["optimizer"], int(loaded["updates"]))
     mine = folder / "random" / f"rank_{dist.get_rank():05d}.pt"
     if same_layout:
-        with torch.serialization.safe_globals(_OF_NUMPY):
+        with _reading(mine), torch.serialization.safe_globals(_OF_NUMPY):
             _set_random_state(torch.load(mine, weights_only=True))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Torch and Megatron raise whatever a damaged file makes them, torch also what is no
+    Exception."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause: Any = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]  # of any rank
+        # torch goes on with the advice to run what is in the file
+        told = re.split(r"\.\s|\n", f"{type(cause).__name__}: {cause}")[0]
+        raise ValueError(
+            f"{path} cannot be read ({told[:200]}): if it is damaged, remove {path.parent} to go "
+            "on from an older checkpoint"
+        ) from error
 
 
 # ------------------------------------------------------------------ torch_dist

@@ -67,7 +67,7 @@ class Trainer:
             for route in self.plan:
                 sent = report.checksums[route.target]
                 got = received[route.target][route.source]
-                compare(self.engine.ranks[route.target].name, route.copies, sent, got)
+                compare(self.engine.ranks[route.target].name, route, sent, got)
             self.engine.commit(version)
         finally:
             self._tell_engine(self.plan)
