@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Asks the databases of known security holes about every package of scripts/cpu.lock and torch, with
-# pip-audit, for two minutes at most. What it finds is shown, and fails nothing: a hole published
+# pip-audit, for some minutes at most. What it finds is shown, and fails nothing: a hole published
 # tonight is no fault of a change, and whoever runs this decides. Skipped where there is no answer.
 set -euo pipefail
 
@@ -9,8 +9,8 @@ say() { echo "== pip-audit: $*"; }
 
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
-if ! timeout 100 "$project/.venv/bin/python" -m venv "$folder/venv" ||
-    ! timeout 100 "$folder/venv/bin/python" -m pip install -qq --disable-pip-version-check \
+if ! timeout 60 "$project/.venv/bin/python" -m venv "$folder/venv" ||
+    ! timeout 60 "$folder/venv/bin/python" -m pip install -qq --disable-pip-version-check \
         'pip-audit==2.10.0' >"$folder/out" 2>&1; then
     say "SKIPPED, known holes of dependencies were NOT looked up: pip-audit cannot be installed"
     exit 0

@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.redact import HIDDEN, redacted, redacted_settings
 from miles_lite.unpickle import unpickle
+from tests.listeners import LOOPBACK, listeners
 
 PROJECT = Path(__file__).resolve().parent.parent
 CODE = ("miles_lite", "rewards", "scripts", "tools")
@@ -136,6 +137,22 @@ def test_a_meeting_point_listens_where_it_was_told_to() -> None:
     assert store.get("key") == b"value"
 
 
+def test_so_does_one_that_torch_makes_for_sglang() -> None:
+    code = """if True:
+        import psutil, torch.distributed as dist
+        from miles_lite.rollout.sglang import stores
+        stores.install()
+        dist.init_process_group("gloo", "tcp://127.0.0.1:0", rank=0, world_size=1)
+        found = psutil.Process().net_connections("tcp")
+        print({c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN})
+    """
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+    )
+    assert done.stdout == "{'127.0.0.1'}\n", done.stderr
+
+
 # ------------------------------------------------------------------ dependencies
 
 
@@ -233,14 +250,6 @@ class Observed:
     output: str = ""
 
 
-def _listening(process: psutil.Process) -> list[tuple[str, int]]:
-    try:
-        found = process.net_connections("inet")
-        return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
-    except psutil.Error:  # just ended
-        return []
-
-
 def _ask(address: str, env: dict[str, str]) -> str:
     command = [sys.executable, "-c", STRANGER, address]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -256,7 +265,7 @@ def _look(seen: Observed, driver: psutil.Process) -> None:
         except psutil.Error:
             continue
         seen.phases.add(name)
-        for address, port in _listening(process):
+        for address, port in listeners(process):
             seen.listeners.setdefault(address, set()).add(name or str(process.cmdline()))
             # not before Ray is up: asking takes its time
             is_up = any(phase.startswith("ray::MegatronWorker") for phase in seen.phases)
@@ -311,7 +320,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
 def test_everything_listens_on_loopback(run: Observed) -> None:
     assert {"ray::MegatronWorker.step", "ray::EngineRank.poll"} <= run.phases  # we looked often
     assert any("gcs_server" in name for names in run.listeners.values() for name in names)
-    assert set(run.listeners) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, run.listeners
+    assert run.listeners.keys() <= LOOPBACK, run.listeners
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from miles_lite.protocols import Phase
 from miles_lite.rollout.embedded.options import EngineOptions
 from miles_lite.rollout.embedded.rank import EngineRank
 from miles_lite.types import Request, Sampling
+from tests.listeners import of_family
 from tests.rollout.embedded.helpers import ONE, run
 
 FOLDER = CONFIGS / "model" / "tiny"
@@ -59,6 +60,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         while not _is_up(port):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+        assert of_family(process.pid) == {("127.0.0.1", port)}
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGTERM)
         process.wait(20)

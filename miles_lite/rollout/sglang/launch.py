@@ -87,20 +87,18 @@ def launch(spec: EngineSpec, place: Place, api_key: str) -> Launch:
         "node_rank": place.node_rank,
         "dist_init_addr": place.rendezvous or None,
     }
-    env = environment(spec)
-    if spec.num_nodes > 1:
-        # else SGLang asks the route to the internet for its address, and gloo the name service
-        env["SGLANG_HOST_IP"] = place.host
-        env = interface_env(place.host) | env
+    env = environment(spec, place.host)
     if place.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
     return Launch.of(spec.python, env, chosen, api_key, "")
 
 
-def environment(spec: EngineSpec) -> dict[str, str]:
-    """Of every process that imports sglang for this engine."""
+def environment(spec: EngineSpec, host: str = "127.0.0.1") -> dict[str, str]:
+    """Of every process that imports sglang for this engine. host: where its ranks meet others."""
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    env = interface_env(host) | env
     env |= {
+        "SGLANG_HOST_IP": host,  # else it asks the route to the internet for its address
         "OMP_NUM_THREADS": str(spec.threads),
         "HF_HUB_OFFLINE": "1",  # everything is in the model's folder
         # the longest request may end just where the model's config does, and CONTEXT_SLACK beyond

@@ -29,6 +29,10 @@ if __name__ in ("__main__", "__mp_main__"):
         from miles_lite.rollout.sglang.cpu import shim
 
         shim.install()
+    if __name__ == "__mp_main__":
+        from miles_lite.rollout.sglang import stores
+
+        stores.install()
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import openai
 import psutil
 import pytest
 
+from tests.listeners import LOOPBACK, of_family
 from tests.rollout.sglang.servers import PROJECT, free_port, python
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
@@ -68,15 +69,9 @@ def test_the_client_is_answered_with_the_reasoning_apart(
 
 
 def test_it_listens_on_loopback_alone(server: tuple[subprocess.Popen[bytes], int]) -> None:
-    parent = psutil.Process(server[0].pid)
-    found = {
-        (c.laddr.ip, c.laddr.port)
-        for process in [parent, *parent.children(recursive=True)]
-        for c in process.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN
-    }
+    found = of_family(server[0].pid)
     assert ("127.0.0.1", server[1]) in found
-    assert {address for address, _ in found} <= {"127.0.0.1", "::ffff:127.0.0.1"}, found
+    assert {address for address, _ in found} <= LOOPBACK, found
 
 
 def test_it_ends_with_all_its_processes(server: tuple[subprocess.Popen[bytes], int]) -> None:
