@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All checks: style, types, shell scripts, known holes of dependencies, then the quick tests, the slow ones, those of SGLang.
+# All checks: style, types, shell scripts, known holes of dependencies, then the quick tests, the
+# slow ones, those of SGLang.
 #   scripts/test.sh                           stops at the first step that fails
 #   scripts/test.sh tests/test_run.py -k ...  only pytest, with these arguments
 set -euo pipefail
