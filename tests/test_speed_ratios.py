@@ -183,5 +183,5 @@ def test_samples_pass_the_driver_once_whatever_the_ranks(tmp_path: Path) -> None
     """Measured: a rank more costs under 1 KB of calls and reports, and no bytes of samples."""
     few, many = driver_bytes(tmp_path, 8, 8192), driver_bytes(tmp_path, 32, 8192)
     per_token = few / (8 * 8192)
-    assert per_token < 60  # put twice, per-token values back three times: 12 and 4 bytes each
+    assert per_token < 90  # measured: 58; 136 when a scoring pass was copied to each rank
     assert (many - few) / 24 < 4096

@@ -364,6 +364,7 @@ def run_config(num_ranks: int, dims: ParallelDims, tokens: int, folder: Path) ->
     words += [f"train.global_batch={num_ranks}", "algo.train_zero_advantage=true"]
     words += ["reward.function=exact", f"reward.file={PROJECT}/rewards/exact.py"]
     words += [f"train.max_tokens_per_micro_batch={tokens + 64}", "rollout.timeout_s=900"]
+    words += ["train.timeout_s=900"]
     cfg = compose([*words, "+reward.options.marker='Answer: '"])
     return dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, dp=dims.dp))
 
