@@ -2,13 +2,12 @@
 
     python tools/bench/rollout.py [--models tiny 10m 50m] [--batches 1 8 64] [--rounds 3]
 
-Both draw at temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is 64 sequences of
-8 to 64 tokens, where transformers decodes all of them to the last one's end. The roofline is the
-time a decode step takes at least: the bytes of the weights that it reads (of the experts that many
-random choices hit) and of its states, twice, at the measured bandwidth of a copy's reading half,
-or its operations at the measured speed of a matrix product, whichever is longer.
-Times are seconds of CPU of this process, so that neighbours disturb less than they do the clock;
---wall takes the clock.
+Both draw at temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is
+64 sequences of 8 to 64 tokens, where transformers decodes all of them to the last one's end. The
+roofline is the time it takes at least: of a decode step the bytes of the weights it reads (of the
+experts that many random choices hit) and of its states, at the measured bandwidth of a sum, or its
+operations at the measured speed of a matrix product, whichever is longer. Times are seconds of CPU
+of this process, which neighbours disturb less than the clock; --wall takes the clock.
 """
 
 from __future__ import annotations

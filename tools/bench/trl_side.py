@@ -53,7 +53,9 @@ class Timed(GRPOTrainer):
 class Steps(TrainerCallback):
     """Ends of steps, which is where the next one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Path) -> None:
+        """progress: a file that gets a line at the end of every step."""
+        self.progress = progress
         self.rows: list[dict[str, float]] = []
         self.trainer: Any = None
 
@@ -76,6 +78,9 @@ class Steps(TrainerCallback):
             }
         )
         seconds.clear()
+        if self.trainer.accelerator.is_main_process:
+            with self.progress.open("a") as sink:
+                sink.write("step\n")
 
 
 def main() -> None:
@@ -134,7 +139,7 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    steps = Steps()
+    steps = Steps(options.out.with_suffix(".steps"))
     trainer = Timed(
         model=options.model,
         args=config,

@@ -10,7 +10,8 @@ which the fastest counts. TRL has no gradient checkpointing, no KL and no loggin
 with transformers' `generate`, as vLLM has no CPU build for this model, and computes its experts as
 --experts says. The tiny model ends its answers itself, equally often on both sides; the random ones
 nearly never do, so that all answers have the same length. The first steps of a run warm up and are
-left out. Times are of the wall: where neighbours load the cores compare the ratios only.
+left out. Times are of the wall; "cpu" is what all processes of a side, Ray's included, take of the
+cores in a step: where neighbours load them, it tells more.
 
 TRL takes the log-probs before the update from the training pass itself where there is one update.
 """
@@ -18,6 +19,7 @@ TRL takes the log-probs before the update from the training pass itself where th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -29,10 +31,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from models import PROJECT, SIZES, folder_of
 
 PINS = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "pylatexenc==2.10")
-PHASES = ("step", "rollout", "reward", "log_probs", "train", "sync")
+PHASES = ("cpu", "step", "rollout", "reward", "log_probs", "train", "sync")
 Row = dict[str, float]  # seconds of one step by phase, and its tokens
 
 
@@ -120,9 +123,11 @@ def miles_lite(model: Path, task: Task, overrides: Sequence[str], scratch: Path)
         "log.name=run",
         *overrides,
     ]
-    _quietly([sys.executable, "-m", "miles_lite.cli", "train", *words], {})
+    progress = folder / "run/metrics.jsonl"
+    command = [sys.executable, "-m", "miles_lite.cli", "train", *words]
+    cpu_s = watched(command, {}, progress, b'"perf/step_time"')
     rows: list[Row] = []
-    for line in (folder / "run/metrics.jsonl").read_text().splitlines():
+    for line in progress.read_text().splitlines():
         metrics = json.loads(line)
         if "perf/step_time" not in metrics:
             continue
@@ -137,7 +142,7 @@ def miles_lite(model: Path, task: Task, overrides: Sequence[str], scratch: Path)
                 "tokens": metrics["perf/rollout_tokens_per_s"] * metrics["perf/rollout_time"],
             }
         )
-    return rows[task.num_warm :]
+    return with_cpu(rows, cpu_s)[task.num_warm :]
 
 
 def trl(
@@ -154,14 +159,46 @@ def trl(
     command += ["--prompts", task.num_prompts, "--samples", task.num_samples]
     command += ["--response", task.response_len, "--lr", task.lr, "--steps", task.num_steps]
     command += ["--threads", threads, "--experts", experts, "--passes", passes]
-    _quietly(list(map(str, command)), {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"})
-    return json.loads(out.read_text())[task.num_warm :]
+    env = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    cpu_s = watched(list(map(str, command)), env, out.with_suffix(".steps"), b"step")
+    return with_cpu(json.loads(out.read_text()), cpu_s)[task.num_warm :]
 
 
-def _quietly(command: Sequence[str], env: dict[str, str]) -> None:
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+def with_cpu(rows: Sequence[Row], cpu_s: Sequence[float]) -> list[Row]:
+    """cpu_s: at the end of every step, since the start."""
+    return [
+        row | {"cpu": after - before}
+        for row, before, after in zip(rows, [0.0, *cpu_s], cpu_s, strict=False)
+    ]
+
+
+def watched(
+    command: Sequence[str], env: dict[str, str], progress: Path, mark: bytes
+) -> list[float]:
+    """Run it; seconds of CPU of its whole tree of processes whenever `progress` has one more mark.
+    Raises RuntimeError with the end of what it said, if it fails."""
+    found: list[float] = []
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen(command, env=os.environ | env, stdout=said, stderr=said) as process:
+            tree = psutil.Process(process.pid)
+            while process.poll() is None:
+                time.sleep(0.02)
+                if progress.exists() and progress.read_bytes().count(mark) > len(found):
+                    found.append(cpu_seconds(tree))
+        if process.returncode:
+            said.seek(0)
+            text = said.read().decode(errors="replace")
+            raise RuntimeError(f"{' '.join(command)}:\n{text[-4000:]}")
+    return found
+
+
+def cpu_seconds(tree: psutil.Process) -> float:
+    total = 0.0
+    for process in [tree, *tree.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def table(size: str, task: Task, sides: dict[str, list[Row]]) -> str:
@@ -179,7 +216,7 @@ def table(size: str, task: Task, sides: dict[str, list[Row]]) -> str:
         phase: min(
             statistics.median(r[phase] for r in rows) for n, rows in sides.items() if n[0] == "T"
         )
-        for phase in ("step", "rollout", "train")
+        for phase in ("cpu", "step", "rollout", "train")
     }
     own = {phase: statistics.median(row[phase] for row in sides["miles-lite"]) for phase in PHASES}
     own["train"] += own["log_probs"]
