@@ -73,6 +73,8 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """d logprob / d logit_j = 1[j = target] - p_j; d entropy / d logit_j = -p_j (l_j - E l)."""
         hidden, weight, local, peak, log_total, mean = ctx.saved_tensors
+        if grad_entropy is not None and not grad_entropy.any():
+            grad_entropy = None  # only looked at: stacked with the log-probs, it comes as zeros
         grad_hidden = torch.zeros_like(hidden)
         # summed over chunks, hence in fp32 whatever the weight is
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
