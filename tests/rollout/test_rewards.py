@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 # One reward that does what it is told.
 OBEY = """
-import ctypes, os, sys, time
+import ctypes, os, stat, sys, time
 from types import SimpleNamespace
 
 def obey(response, label):
@@ -43,6 +43,7 @@ def obey(response, label):
     elif word == "raise": raise KeyError(rest)
     elif word == "forge": os.write(int(rest), b"[1.0, \\"\\"]\\n" * 99 + b"?\\n"); time.sleep(60)
     elif word == "flood":
+        if not stat.S_ISFIFO(os.fstat(int(rest)).st_mode): raise OSError  # stderr, kept by pytest
         while True: os.write(int(rest), b"x" * 65536)
     elif word == "daemon":
         pid = os.fork()
