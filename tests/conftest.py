@@ -1,0 +1,20 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import pytest
+
+MAX_CHARS = 1_000_000  # kept of what a test printed or logged
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hostile text in what was printed can be sent on by the process that ran the test."""
+    report = yield
+    report.sections = [
+        (name, text[-MAX_CHARS:].encode(errors="backslashreplace").decode())
+        for name, text in report.sections
+    ]
+    return report
