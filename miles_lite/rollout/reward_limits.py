@@ -27,11 +27,11 @@ _X32 = 0x40000000  # the same calls under other numbers
 
 def refuse_network() -> str:
     """From now on this process and what it starts can make no socket, be it for the internet or for
-    a service of this host. Returns who sees to it, in words."""
+    a service of this host. The kernel sees to it; where it cannot, Python does, which compiled code
+    can go around. Returns why, or ""."""
     if why := _filter_calls():
         sys.addaudithook(_no_sockets)
-        return f"Python alone, which compiled code can go around: {why}"
-    return "the kernel"
+    return why
 
 
 def _filter_calls() -> str:

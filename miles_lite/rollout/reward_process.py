@@ -147,10 +147,13 @@ class Zygote:
             ours.close()
             raise ValueError(answer)
         ours.settimeout(FORK_S)
-        self._control, (self.pid, self.about, kept_off) = ours, answer
-        log.info(
-            "reward workers have %s", f"no network ({kept_off})" if kept_off else "the network"
-        )
+        self._control, (self.pid, self.about, weakness) = ours, answer
+        if weakness:
+            log.warning(
+                "Python alone keeps reward workers off the network, and compiled code can go around "
+                "it: %s",
+                weakness,
+            )
 
 
 class Worker:

@@ -207,8 +207,8 @@ def main(settings: str) -> None:
         return
     about = {name: [reward.by_group, reward.wants] for name, reward in rewards.items()}
     asks = sorted(name for name, reward in rewards.items() if reward.network)
-    kept_off = "" if asks else refuse_network()
-    control.send(json.dumps([os.getpid(), about, kept_off]).encode())
+    weakness = "" if asks else refuse_network()
+    control.send(json.dumps([os.getpid(), about, weakness]).encode())
     gc.freeze()  # workers share its pages for good
     adopt_orphans()
     forked, own = set[int](), _children()

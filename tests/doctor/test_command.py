@@ -131,7 +131,7 @@ def test_a_host_alone_needs_no_experiment(
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(file.read_text())
     assert code == 0 and record["experiment"] == ""
-    assert len(record["findings"]) == len(lines) == 9 == sum(record["counts"].values())
+    assert len(record["findings"]) == len(lines) == 10 == sum(record["counts"].values())
 
 
 def test_usage_and_experiments_nobody_knows_exit_with_2(
