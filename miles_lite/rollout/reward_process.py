@@ -150,8 +150,7 @@ class Zygote:
         self._control, (self.pid, self.about, weakness) = ours, answer
         if weakness:
             log.warning(
-                "Python alone keeps reward workers off the network, and compiled code can go around "
-                "it: %s",
+                "Python alone keeps reward workers off the network, compiled code may not: %s",
                 weakness,
             )
 
