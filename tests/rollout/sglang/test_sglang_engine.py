@@ -251,7 +251,8 @@ def test_a_dropped_expert_is_named_and_the_next_sync_mends_it(pair: Pair) -> Non
         ]
 
     def moved(copy: Copy) -> Copy:
-        return replace(copy, target=replace(copy.target, index=(copy.target.index + 1) % 4))
+        target = copy.target._replace(index=(copy.target.index + 1) % 4)
+        return copy._replace(target=target)
 
     engine.enter(Phase.sync)
     with pytest.raises(RuntimeError, match=rf"engine 0 rank \d: the sync puts '{lost}' into .* at"):
@@ -269,13 +270,13 @@ def test_swapped_names_are_named(pair: Pair) -> None:
 
     def swapped(plan: list[Route]) -> list[Route]:
         def turned(place: Place) -> Place:
-            return replace(place, param=swap.get(place.param, place.param))
+            return place._replace(param=swap.get(place.param, place.param))
 
         return [
             replace(
                 route,
                 buckets=tuple(
-                    tuple(replace(c, target=turned(c.target)) for c in bucket)
+                    tuple(c._replace(target=turned(c.target)) for c in bucket)
                     for bucket in route.buckets
                 ),
             )
