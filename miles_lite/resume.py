@@ -121,9 +121,11 @@ def save(
 
 
 def complete(run: Run, parts: Parts) -> None:
-    """The checkpoint that was begun, if any, is on disk and seen when this returns."""
+    """The checkpoint that was begun, if any, is on disk and seen when this returns, and so are the
+    samples of all steps before."""
     if run.saving is None:
         return
+    run.settle()
     (step, state), run.saving = run.saving, None
     parts.trainer.finish_save()
     checkpoint = run.checkpoints.commit(step, state, parts.trainer.digests)

@@ -29,6 +29,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
@@ -37,6 +38,7 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 import numpy as np
+import orjson
 import yaml
 
 from miles_lite import environment
@@ -84,6 +86,8 @@ class Run:
         self._sinks = sinks
         self._checkpoint = checkpoint
         self._last_checkpoint = time.monotonic()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._writing: Future[None] | None = None  # the samples of the last step
 
     @classmethod
     def open(cls, cfg: Config, now: datetime) -> Run:
@@ -179,7 +183,8 @@ class Run:
         sequences: Sequence[TrainSequence],
     ) -> None:
         """Every sample of a step, with what the trainer said of those that it saw. sequences: in
-        rollout order."""
+        rollout order. They are written beside what comes next, until `settle`."""
+        self.settle()
         samples = [sample for group in groups for sample in group.samples]
         records = (
             _record(
@@ -191,9 +196,16 @@ class Run:
             )
             for sample, sequence in zip(samples, sequences, strict=True)
         )
-        _write_samples(self.folder / "samples" / _file_name(step), records)
+        path = self.folder / "samples" / _file_name(step)
+        self._writing = self._writer.submit(_write_samples, path, records)
         for sink in self._sinks:
             sink.log_samples(step, samples)
+
+    def settle(self) -> None:
+        """The samples of the last step are on disk when this returns. Raises RunError."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def save_eval(self, step: int, name: str, groups: Sequence[Group]) -> None:
         """Every answer to the held-out prompts of set `name`."""
@@ -206,6 +218,7 @@ class Run:
         outcome: Literal["finished", "failed", "interrupted"] = "finished",
     ) -> None:
         """Say how the run ended: `outcome` and whatever else is worth a line."""
+        self.settle()
         values = {"outcome": outcome, **summary}
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -229,6 +242,7 @@ class Run:
             except RunError as second:  # on a full disk, say; the first error is what matters
                 logger.error("%s", second)
             logger.warning("log.name=%s goes on with this run", self.folder.name)
+        self._writer.shutdown()
         for sink in self._sinks:
             sink.close()
         self._lock.close()
@@ -311,12 +325,11 @@ def _record(
     )
 
 
-def _json_floats(values: Sequence[float]) -> str:
-    """Nine digits, which give every float32 back exactly; JSON has no NaN or infinity. All at once:
-    a step of a large run has tens of millions."""
-    if all(map(math.isfinite, values)):
-        return "[" + ", ".join(["%.9g"] * len(values)) % tuple(values) + "]"
-    return "[" + ", ".join(f"{v:.9g}" if math.isfinite(v) else "null" for v in values) + "]"
+def _json_array(values: Sequence[float], dtype: type[np.generic]) -> bytes:
+    """With the digits that give every float32 back exactly; "null" is NaN or infinite. All at
+    once: a step of a large run has tens of millions."""
+    array = np.asarray(values, dtype)
+    return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _file_name(step: int) -> str:
@@ -327,10 +340,13 @@ def _write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
     with _replacing(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw) as file:
         for record in records:
             line = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-            floats = [f', "{key}": {_json_floats(line.pop(key))}' for key in TOKEN_FLOATS]
+            arrays = {"tokens": _json_array(line.pop("tokens"), np.int64)}
+            arrays |= {key: _json_array(line.pop(key), np.float32) for key in TOKEN_FLOATS}
             if not math.isfinite(record.advantage):
                 line["advantage"] = None
-            file.write(f"{json.dumps(line)[:-1]}{''.join(floats)}}}\n".encode("ascii"))
+            text = json.dumps(line)[:-1].encode("ascii")  # orjson refuses half a surrogate pair
+            told = [text, *(b'"%s": %s' % (key.encode(), array) for key, array in arrays.items())]
+            file.write(b", ".join(told) + b"}\n")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -215,13 +215,14 @@ def test_samples_read_back(cfg: Config) -> None:
     run = Run.open(cfg, NOW)
     groups = [group(0), group(5, logprobs=(math.nan, -1.0))]
     run.save_samples(12, groups, *seen({0: (-0.5, -0.25), 3: (-math.inf, -2.0)}, num_samples=4))
+    run.settle()
     path = run.folder / "samples" / "step_000012.jsonl.gz"
     first, invalid, untrained, last = read_samples(path)
     assert (first.step, first.prompt_uid, first.label, first.version) == (12, "set:0", "42", 3)
     assert (first.prompt, first.response) == ("prompt 0 \u2028 \x1b", "it is 42")
     assert (first.reward, first.invalid, first.finish) == (1.0, "", "stop")
     assert list(first.tokens) == [7, 8]
-    assert first.logprobs == pytest.approx((-0.5, -1 / 3), abs=1e-9)
+    assert first.logprobs == pytest.approx((-0.5, -1 / 3), abs=1e-7)
     assert list(first.trainer_logprobs) == [-0.5, -0.25] and list(first.entropies) == [0.5, 0.25]
     assert first.advantage == 1.5 and math.isnan(invalid.advantage)
     assert (invalid.reward, invalid.invalid) == (0.0, "timeout")
@@ -229,6 +230,14 @@ def test_samples_read_back(cfg: Config) -> None:
     assert math.isnan(last.logprobs[0]) and math.isnan(last.trainer_logprobs[0])
     for line in gzip.decompress(path.read_bytes()).splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_samples_that_cannot_be_written_are_told_before_the_next(cfg: Config) -> None:
+    run = Run.open(cfg, NOW)
+    (run.folder / "samples").write_text("no folder")
+    run.save_samples(0, [group(0)], *seen({}))
+    with pytest.raises(RunError, match="samples"):
+        run.save_samples(1, [group(1)], *seen({}))
 
 
 def test_samples_of_an_earlier_version_still_read(tmp_path: Path) -> None:
@@ -250,6 +259,7 @@ def test_logprobs_keep_every_bit_of_a_float32(cfg: Config) -> None:
     as_tuple = tuple(float(value) for value in values)
     run = Run.open(cfg, NOW)
     run.save_samples(0, [group(0, logprobs=as_tuple)], *seen({0: as_tuple, 1: as_tuple}))
+    run.settle()
     record = next(iter(read_samples(run.folder / "samples" / "step_000000.jsonl.gz")))
     assert (numpy.array(record.logprobs, "float32") == values).all()
 

@@ -85,9 +85,10 @@ def gather(calls: Sequence[Call], deadline_s: float) -> list[Any]:
     """
     pending = {call.ref: call for call in calls}
     end = time.monotonic() + deadline_s
+    results: dict[Any, Any] = {}
     with _told(pending):
-        _await(pending, end, deadline_s)
-    return [ray.get(call.ref) for call in calls]
+        _await(pending, results, end, deadline_s)
+    return [results[call.ref] for call in calls]
 
 
 _waits: list[Mapping[Any, Call]] = []  # of this process, each what it has not got yet
@@ -109,27 +110,35 @@ def waited_for() -> str:
     return f"waiting for {few(names)}" if names else ""
 
 
-def _await(pending: dict[Any, Call], end: float, deadline_s: float) -> None:
+def _await(
+    pending: dict[Any, Call], results: dict[Any, Any], end: float, deadline_s: float
+) -> None:
+    """Move all from `pending` to `results`."""
     called = [call.remote.name for call in pending.values()]
     while pending:
         left = end - time.monotonic()
         if left <= 0:
             raise _late(list(pending.values()), deadline_s, called)
-        if failures := _failures(pending, left):
+        if failures := _take_ended(pending, results, left):
             settled = time.monotonic() + SETTLE_S
             while pending and not any(map(_is_death, failures)) and time.monotonic() < settled:
-                failures += _failures(pending, settled - time.monotonic())
+                failures += _take_ended(pending, results, settled - time.monotonic())
             raise _cause(failures, called)
 
 
-def _failures(pending: dict[Any, Call], timeout_s: float) -> list[tuple[Call, Exception]]:
-    """Of those that end within that time; what ended well is no longer pending either."""
+def _take_ended(
+    pending: dict[Any, Call], results: dict[Any, Any], timeout_s: float
+) -> list[tuple[Call, Exception]]:
+    """Wait for one to end and take all that have by then. Returns those that failed."""
     failures: list[tuple[Call, Exception]] = []
-    ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, timeout_s))
+    refs = list(pending)
+    ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, timeout_s))
+    if ready:  # asked one by one, a thousand ranks would be looked at a million times
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
     for ref in ready:
         call = pending.pop(ref)
         try:
-            ray.get(ref)
+            results[ref] = ray.get(ref)
         except ray.exceptions.RayError as error:
             failures.append((call, error))
     return failures

@@ -205,7 +205,14 @@ class RolloutManager:
                 await self._release(draw)
                 self._draw = None
 
-        return asyncio.run(bounded())
+        async def kept() -> None:
+            found.append(await bounded())
+
+        # not as what `run` returns: installing its handler of Ctrl-C, Python may spell the whole
+        # result of the task out as text, minutes of it in a large run
+        found: list[T] = []
+        asyncio.run(kept())
+        return found[0]
 
     async def _release(self, draw: _Draw) -> None:
         """Cancelled requests still run in the engines: end them. What goes wrong here is told but

@@ -330,6 +330,14 @@ def test_the_policy_is_held_against_what_sampling_makes_of_it(
     assert sorted(asked) == [(0.7, 0.9, False), (0.7, 0.9, True), (1.0, 0.9, False)]
 
 
+def test_a_result_is_never_spelt_out(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python does, unasked, with what the main task of an event loop returns."""
+
+    spelt: list[Completion] = []
+    monkeypatch.setattr(Completion, "__repr__", lambda self: spelt.append(self) or "")
+    assert all_samples(draw([SeededEngine("only")])) and not spelt
+
+
 def test_seeds_differ_by_every_part() -> None:
     seeds = {
         derive_seed(seed, purpose, uid, index)

@@ -61,7 +61,40 @@ class FusedAdam(torch.optim.Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 maximize=False,
+                fused=True,
             )
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = x / rms(x) * weight over the last dim of [T, G, D], weight [G, D]; in fp32, rounded once.
+
+    Its backward pass takes half the time of what autograd makes of the formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        unit = wide * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        ctx.dtype = x.dtype
+        return (unit * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        unit, inverse, weight = ctx.saved_tensors
+        grad = grad.float()
+        along = grad * unit
+        grad_weight = along.sum(0).to(weight.dtype)
+        shift = (along * weight).mean(-1, keepdim=True)  # what would only scale x has no effect
+        grad_x = torch.mul(grad, weight).addcmul_(unit, shift, value=-1).mul_(inverse)
+        return grad_x.to(ctx.dtype), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, num_groups: int = 1) -> Tensor:
+    """x [..., G D] over the root of its mean square within each group of D, times weight [G D]."""
+    grouped = x.reshape(-1, num_groups, x.shape[-1] // num_groups)
+    return _RmsNorm.apply(grouped, weight.view(num_groups, -1), eps).view(x.shape)  # pyright: ignore
 
 
 class TorchNorm(nn.RMSNorm):
@@ -75,6 +108,10 @@ class TorchNorm(nn.RMSNorm):
         eps = config.layernorm_epsilon if eps is None else eps
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class DuplicatedLinear(nn.Module):
@@ -139,9 +176,7 @@ class RMSNormGated(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.float().unflatten(-1, (-1, self.group_size))
-        y = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
-        return (y.flatten(-2) * self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, x.shape[-1] // self.group_size)
 
 
 # ---- packed sequences
@@ -231,7 +266,8 @@ def mamba_split_conv1d_scan_combined(
 
     def mix(zxbcdt: Tensor) -> Tensor:
         z, xbc, dt = zxbcdt.split([inner, zxbcdt.shape[-1] - inner - num_heads, num_heads], -1)
-        xbc = F.silu(_causal_conv(xbc.float(), conv1d_weight.float(), conv1d_bias.float()))
+        conv: Any = _CausalConv.apply
+        xbc = F.silu(conv(xbc.float(), conv1d_weight.float(), conv1d_bias.float()))
         shared = (xbc.shape[-1] - inner) // 2
         x, B, C = xbc.to(zxbcdt.dtype).split([inner, shared, shared], -1)
         y = mamba_chunk_scan_combined(
@@ -253,11 +289,30 @@ def mamba_split_conv1d_scan_combined(
     return Unpacking.of(lens).apply(mix, zxbcdt[0])[None]
 
 
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution of x [N, L, D] with weight [D, width]; zeros before the start."""
-    width, length = weight.shape[1], x.shape[1]
-    x = F.pad(x, (0, 0, width - 1, 0))
-    return sum((x[:, i : i + length] * weight[:, i] for i in range(width)), bias)
+class _CausalConv(torch.autograd.Function):
+    """Depthwise convolution of x [N, L, D] with weight [D, width]; zeros before the start.
+
+    In place, which autograd cannot: a third of the time of the sum of shifted products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # pyright: ignore
+        taps = weight.T.contiguous()
+        ctx.save_for_backward(x, taps)
+        out = torch.addcmul(bias, x, taps[-1])
+        for lag, tap in enumerate(taps.flip(0)[1 : x.shape[1]], 1):
+            out[:, lag:].addcmul_(x[:, :-lag], tap)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
+        x, taps = ctx.saved_tensors
+        grad_x, grad_taps = grad * taps[-1], torch.zeros_like(taps)
+        grad_taps[-1] = (x * grad).sum((0, 1))
+        for lag, tap in enumerate(taps.flip(0)[1 : x.shape[1]], 1):
+            grad_x[:, :-lag].addcmul_(grad[:, lag:], tap)
+            grad_taps[-1 - lag] = (x[:, :-lag] * grad[:, lag:]).sum((0, 1))
+        return grad_x, grad_taps.T, grad.sum((0, 1))
 
 
 def mamba_chunk_scan_combined(
