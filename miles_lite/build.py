@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -149,7 +148,7 @@ def start(
         rewards = stack.enter_context(reward_workers(cfg.reward))
         rollout = RolloutManager(engines, rewards, inputs.tokenizer, _rollout(cfg, inputs))
         weights = [source.weight for source in cfg.data.train.values()]
-        parts = Parts(
+        yield Parts(
             trainer=trainer,
             rollout=rollout,
             prompts=PromptSource(inputs.sources, weights, derive_seed(cfg.seed, "prompts")),
@@ -159,9 +158,6 @@ def start(
             num_probes=cfg.rollout.drift_samples,
             expected=expected,
         )
-        # a million objects that stay, at which no collection of a step's garbage need look again
-        gc.freeze()
-        yield parts
 
 
 @contextlib.contextmanager

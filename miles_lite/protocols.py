@@ -38,8 +38,9 @@ class Phase(Enum):
 class Resident(Protocol):
     """Anything that occupies device memory."""
 
-    def enter(self, phase: Phase) -> None:
-        """Free or take memory; returns when the table of `Phase` holds for this party."""
+    def enter(self, phase: Phase) -> Mapping[str, int]:
+        """Free or take memory; returns `held_bytes` when the table of `Phase` holds for this
+        party."""
         ...
 
     def held_bytes(self) -> Mapping[str, int]:

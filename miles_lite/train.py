@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 from miles_lite import resume
@@ -39,6 +40,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
     alarms = Alarms(Limits.of(cfg), read_metrics(run.folder))
 
     stop.in_steps = True
+    gc.freeze()  # a million objects that stay: no collection of a step's garbage need look at them
     for step in range(run.start, cfg.train.num_steps):
         begin = time.perf_counter()
         console.phase("generate")

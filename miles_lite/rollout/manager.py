@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from miles_lite.algo.routing import RouterSizes, choices
 from miles_lite.cluster.actor import ask_each
+from miles_lite.cluster.lease import total_bytes
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.log import few
 from miles_lite.protocols import (
@@ -310,14 +311,11 @@ class RolloutManager:
 
     # ------------------------------------------------------------------ memory
 
-    def enter(self, phase: Phase) -> None:
-        ask_each(self.engines, lambda engine: engine.enter(phase))
+    def enter(self, phase: Phase) -> Mapping[str, int]:
+        return total_bytes(ask_each(self.engines, lambda engine: engine.enter(phase)))
 
     def held_bytes(self) -> Mapping[str, int]:
-        total: Counter[str] = Counter()
-        for held in ask_each(self.engines, lambda engine: engine.held_bytes()):
-            total.update(held)
-        return total
+        return total_bytes(ask_each(self.engines, lambda engine: engine.held_bytes()))
 
     def close(self) -> None:
         self._rewards.close()

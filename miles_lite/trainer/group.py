@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from miles_lite.cluster.actor import Call, Remote, ask_each, call_all, gather
+from miles_lite.cluster.lease import total_bytes
 from miles_lite.intact import writing
 from miles_lite.metrics import finish, merge
 from miles_lite.models.nemotron_h import NemotronH
@@ -126,11 +127,11 @@ class TrainerGroup:
 
     # ------------------------------------------------------------------ memory
 
-    def enter(self, phase: Phase) -> None:
-        call_all(self._workers, "enter", phase, deadline_s=self._timeout_s)
+    def enter(self, phase: Phase) -> Mapping[str, int]:
+        return total_bytes(call_all(self._workers, "enter", phase, deadline_s=self._timeout_s))
 
     def held_bytes(self) -> Mapping[str, int]:
-        return _sum(call_all(self._workers, "held_bytes", deadline_s=self._timeout_s))
+        return total_bytes(call_all(self._workers, "held_bytes", deadline_s=self._timeout_s))
 
     # ------------------------------------------------------------------ weights
 
@@ -247,10 +248,3 @@ class TrainerGroup:
         """End all workers; whatever they shared goes with them."""
         for worker in self._workers:
             worker.kill()
-
-
-def _sum(parts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return total

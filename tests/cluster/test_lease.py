@@ -16,10 +16,11 @@ class Party:
         self.entries = 0
         self.now = 0
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase) -> Mapping[str, int]:
         self.entries += 1
         self.order.append(self.name)
         self.now = self.size(phase, self.entries)
+        return self.held_bytes()
 
     def held_bytes(self) -> Mapping[str, int]:
         return {"weights": self.now}
@@ -34,3 +35,34 @@ def test_who_shrinks_goes_first() -> None:
         lease.enter(phase)
         first.append(order[0])
     assert first == ["trainer", "trainer", "rollout", "trainer", "trainer", "rollout"]
+
+
+class OnADevice(Party):
+    """Tells of what everybody holds on it."""
+
+    everybody: list[Party]
+
+    def held_bytes(self) -> Mapping[str, int]:
+        return {"weights": self.now, "device": sum(party.now for party in self.everybody)}
+
+
+def test_what_is_held_is_that_after_both_have_moved() -> None:
+    order: list[str] = []
+    trainer = OnADevice("trainer", order, lambda phase, _: 7 if phase is Phase.train else 0)
+    rollout = Party("rollout", order, lambda phase, _: 5 if phase is Phase.generate else 0)
+    trainer.everybody = [trainer, rollout]
+    lease = Lease(trainer, rollout)
+    for phase in (Phase.sync, Phase.generate, Phase.train):
+        lease.enter(phase)
+    held = {name: value for name, value in lease.metrics().items() if name.startswith("memory/")}
+    assert held == {
+        "memory/sync/trainer_weights_bytes": 0,
+        "memory/sync/trainer_device_bytes": 0,
+        "memory/sync/rollout_weights_bytes": 0,
+        "memory/generate/trainer_weights_bytes": 0,
+        "memory/generate/trainer_device_bytes": 5,
+        "memory/generate/rollout_weights_bytes": 5,
+        "memory/train/trainer_weights_bytes": 7,
+        "memory/train/trainer_device_bytes": 7,
+        "memory/train/rollout_weights_bytes": 0,
+    }

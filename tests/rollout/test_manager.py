@@ -66,7 +66,9 @@ class SeededEngine:
     async def abort(self) -> None:
         self.num_aborts += 1
 
-    def enter(self, phase: Phase) -> None: ...
+    def enter(self, phase: Phase) -> dict[str, int]:
+        return {}
+
     def held_bytes(self) -> dict[str, int]:
         return {}
 

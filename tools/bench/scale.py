@@ -86,13 +86,15 @@ class FakeRanks:
 
     def noop(self, rank: int, *_: Any) -> None: ...
 
-    setup = connect = enter = save = finish_save = submitted = abort = noop
+    setup = connect = save = finish_save = submitted = abort = noop
 
     def listen(self, rank: int, host: str) -> str:
         return f"{host}:1"
 
-    def held_bytes(self, rank: int) -> dict[str, int]:
+    def held_bytes(self, rank: int, *_: Any) -> dict[str, int]:
         return {"weights": 1 << 30, "grads": 0, "optimizer": 0}
+
+    enter = held_bytes
 
     # --- trainer
 
@@ -338,7 +340,6 @@ def one_step(number: int, stages: Stages, cfg: Config, parts: Any, run: Run) -> 
     with stages("phases"):
         trainer.enter(Phase.generate)
         rollout.enter(Phase.generate)
-        trainer.held_bytes()
     with stages("generate"):
         drawn = rollout.generate(parts.prompts)
     with stages("credit, metrics"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.cluster.actor import Remote, call_all
+from miles_lite.cluster.lease import total_bytes
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Hosted, Phase
@@ -102,15 +103,11 @@ class EmbeddedEngine:
         for rank in self.ranks:
             rank.kill()
 
-    def enter(self, phase: Phase) -> None:
-        call_all(self.ranks, "enter", phase, deadline_s=self.stall_s)
+    def enter(self, phase: Phase) -> Mapping[str, int]:
+        return total_bytes(call_all(self.ranks, "enter", phase, deadline_s=self.stall_s))
 
     def held_bytes(self) -> Mapping[str, int]:
-        total: dict[str, int] = {}
-        for held in call_all(self.ranks, "held_bytes", deadline_s=self.stall_s):
-            for kind, num_bytes in held.items():
-                total[kind] = total.get(kind, 0) + num_bytes
-        return total
+        return total_bytes(call_all(self.ranks, "held_bytes", deadline_s=self.stall_s))
 
     def layout(self) -> Sequence[Sequence[Hosted]]:
         return [

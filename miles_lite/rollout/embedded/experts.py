@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miles_lite.models.nemotron_h import NemotronH
-
-# Padding every expert to the fullest is one batched product and wins while the waste is small;
-# beyond this many times the real work (long prompts, a few hot experts) a loop over experts does.
-MAX_PADDING = 4
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -39,29 +34,19 @@ def mix_experts(
     num_experts, num_choices = up.shape[0], choices.shape[1]
     local = choices.reshape(-1) - first
     local = torch.where((local >= 0) & (local < num_experts), local, num_experts)
-    order = local.argsort(stable=True)  # choices of expert 0, of expert 1, ..., of other ranks
-    sizes: list[int] = torch.bincount(local, minlength=num_experts + 1).tolist()[:num_experts]
-    total = sum(sizes)
+    ends = torch.bincount(local, minlength=num_experts + 1)[:num_experts].cumsum(0).int()
+    # choices of expert 0, of expert 1, ...; those of other ranks are left out
+    order = local.argsort(stable=True)[: int(ends[-1])]
     terms = v_T_w.new_zeros(len(local), v_T_w.shape[1], dtype=torch.float32)
-    if total:
-        order = order[:total]
-        x = v_T_w[order // num_choices]
-        run = _padded if max(sizes) * num_experts <= MAX_PADDING * total else _looped
-        terms[order] = run(x, local[order], sizes, up, down).float()
+    if len(order):
+        hidden = relu2(_by_expert(v_T_w[order // num_choices], up, ends))
+        terms[order] = _by_expert(hidden, down, ends).float()
     return torch.bmm(weights[:, None], terms.view(*choices.shape, v_T_w.shape[1]))[:, 0]
 
 
-def _padded(x: Tensor, expert: Tensor, sizes: list[int], up: Tensor, down: Tensor) -> Tensor:
-    starts = torch.tensor(list(accumulate(sizes, initial=0)), device=x.device)
-    place = torch.arange(len(x), device=x.device) - starts[expert]
-    box = x.new_zeros(len(sizes), max(sizes), x.shape[1])
-    box[expert, place] = x
-    out = torch.bmm(relu2(torch.bmm(box, up.transpose(1, 2))), down.transpose(1, 2))
-    return out[expert, place]
-
-
-def _looped(x: Tensor, expert: Tensor, sizes: list[int], up: Tensor, down: Tensor) -> Tensor:
-    pieces = x.split(sizes)
-    return torch.cat(
-        [relu2(piece @ up[e].T) @ down[e].T for e, piece in enumerate(pieces) if sizes[e]]
-    )
+def _by_expert(x_N_a: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x up to ends[e], and from the expert's before, times matrices[e] [b, a]: [N, b]."""
+    if all(size * x_N_a.element_size() % 16 == 0 for size in matrices.shape[1:]):
+        return F.grouped_mm(x_N_a, matrices.transpose(1, 2), offs=ends)
+    pieces = x_N_a.tensor_split(ends[:-1].long().cpu())
+    return torch.cat([piece @ each.T for piece, each in zip(pieces, matrices, strict=True)])

@@ -91,8 +91,9 @@ class EngineRank:
 
     # --- memory ---
 
-    def enter(self, phase: Phase) -> None:
-        """Take or drop caches, and on a GPU weights. Waits for the end of requests under way."""
+    def enter(self, phase: Phase) -> dict[str, int]:
+        """Take or drop caches, and on a GPU weights; `held_bytes` then. Waits for the end of
+        requests under way."""
         self.here.phase = phase.value
         with self.server.paused():
             if phase is Phase.generate:
@@ -103,7 +104,7 @@ class EngineRank:
                     self.server.cache = Cache(
                         self.config, self.dims, slots, self.dtype, self.device
                     )
-                return
+                return self.held_bytes()
             self.server.cache = None
             if phase is Phase.sync and not self.model.weights:
                 self.model.allocate(self.device)
@@ -113,6 +114,7 @@ class EngineRank:
                 self.server.version = -1
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        return self.held_bytes()
 
     def held_bytes(self) -> dict[str, int]:
         cache = self.server.cache

@@ -233,7 +233,7 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------ memory
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase) -> Mapping[str, int]:
         """Give up first, then take. SGLang dies if it is told to release while it works, so it is
         paused, which ends what it still does."""
         self._end_update()
@@ -251,6 +251,7 @@ class SGLangEngine:
         self._held = set(wanted)
         if phase is Phase.generate:
             self._post("/continue_generation", {})
+        return self.held_bytes()
 
     def held_bytes(self) -> Mapping[str, int]:
         """Weights by the layout; caches and graphs as SGLang measured them when it came up."""

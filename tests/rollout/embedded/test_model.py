@@ -80,12 +80,13 @@ def test_bfloat16_runs_close_to_fp32(tiny: Tiny, start: StartRank):
     assert (torch.tensor(completion.logprobs) - expected).abs().mean() < 0.3
 
 
+@pytest.mark.parametrize("width", [12, 10], ids=["grouped", "too odd for it"])
 @pytest.mark.parametrize("spread", [0.1, 3.0], ids=["even", "one hot expert"])
-def test_expert_mix_matches_a_loop_over_tokens(tiny: Tiny, spread: float):
+def test_expert_mix_matches_a_loop_over_tokens(tiny: Tiny, spread: float, width: int):
     """Both ways to run experts, and the part of them that a rank with experts 2 .. 5 adds."""
     torch.manual_seed(1)
     config, num_tokens = tiny.model, 50
-    up, down = torch.randn(8, 10, 24), torch.randn(8, 24, 10)
+    up, down = torch.randn(8, width, 24), torch.randn(8, 24, width)
     u, v = torch.randn(num_tokens, 64), torch.randn(num_tokens, 24)
     gate, bias = 0.1 * torch.randn(8, 64), spread * torch.arange(8.0)
     choices, weights = route(u, gate, bias, config)
