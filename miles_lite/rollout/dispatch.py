@@ -55,10 +55,15 @@ def _works(share: _Share) -> bool:
 class Dispatch:
     """For one call of the rollout: in one event loop, with weights of one version."""
 
-    def __init__(self, engines: Sequence[Engine], check: Check, revive: Revive | None) -> None:
-        """revive: brings engines back while no other is busy; None: the first loss is raised."""
+    def __init__(
+        self, engines: Sequence[Engine], check: Check, revive: Revive | None, num_samples: int
+    ) -> None:
+        """revive: brings engines back while no other is busy; None: the first loss is raised.
+        num_samples: of a prompt, which stay together."""
         self.unfinished: Counter[str] = Counter()  # by engine
         self._shares = [_Share(engine) for engine in engines]
+        self._num_samples = num_samples
+        self._readers: dict[tuple[int, ...], _Share] = {}  # by prompt
         self._check, self._revive = check, revive
         self._lost: dict[str, str] = {}  # why, by engine
         self._replaced: set[str] = set()  # engines that came back: they may be slow
@@ -70,9 +75,9 @@ class Dispatch:
         return [s.engine for s in self._shares if self.unfinished[s.engine.name] or _works(s)]
 
     async def complete(self, request: Request) -> Completion:
-        """The answer of the engine with the least load. Requests of one turn of the event loop are
-        all assigned before any is done. Raises EngineError when no engine can be brought back."""
-        share = min(self._shares, key=lambda share: self.unfinished[share.engine.name])
+        """The answer of one engine. Requests of one turn of the event loop are all assigned before
+        any is done. Raises EngineError when no engine can be brought back."""
+        share = self._share_for(request)
         if not self.unfinished[share.engine.name]:
             share.orders, share.began = [], time.monotonic()
         order = _Order(request, asyncio.get_running_loop().create_future())
@@ -86,6 +91,19 @@ class Dispatch:
             if order.call is not None:
                 order.call.cancel()
             raise
+
+    def _share_for(self, request: Request) -> _Share:
+        """The engine with the least load; but a prompt's samples go to the one that reads it
+        already, unless it has as many more to do than that."""
+
+        def load(share: _Share) -> int:
+            return self.unfinished[share.engine.name]
+
+        least = min(self._shares, key=load)
+        reader = self._readers.setdefault(request.tokens, least)
+        if load(reader) >= load(least) + self._num_samples:
+            reader = self._readers[request.tokens] = least
+        return reader
 
     def _ask(self, share: _Share, order: _Order) -> None:
         order.call = asyncio.ensure_future(self._answer(share, order))

@@ -4,8 +4,8 @@ Every step begins with a header, one small sum over all ranks:
 
     [bytes of news, abort and stop flags, tokens of each dp group, bytes of its results]
 
-Only rank 0 hears from outside. It deals new requests out to dp groups by least load and broadcasts
-them, with the uids to give up; they take part from the next step on. So the schedule follows from
+Only rank 0 hears from outside. It deals new requests out to dp groups, by load and prompt,
+and broadcasts them, with the uids to give up; they take part from the next step on. So the schedule follows from
 the submissions alone. Groups send what they finished to rank 0 after the header that announced it.
 
 With nothing to do, rank 0 sleeps on its inbox and the others in the header's collective. Rank 0
@@ -48,6 +48,7 @@ Done = list[tuple[int, Completion]]  # uid and completion
 _read = functools.partial(unpickle, names=_NAMES, what="a message among ranks")
 
 ABORT, STOP = 1, 2
+TOGETHER = 8  # samples of a prompt by which a group may be ahead of the others
 
 
 @dataclass(slots=True)
@@ -78,16 +79,24 @@ class Load:
     group_of: dict[int, int]  # uid -> dp group
     cost_of: dict[int, int]  # uid -> tokens it may take
     total: list[int]  # of each dp group
+    reader_of: dict[tuple[int, ...], int] = field(default_factory=dict)  # prompt -> dp group
 
     def assign(self, request: Request) -> int:
-        group = min(range(len(self.total)), key=self.total.__getitem__)
-        self.group_of[request.uid] = group
-        self.cost_of[request.uid] = len(request.tokens) + request.sampling.max_new_tokens
-        self.total[group] += self.cost_of[request.uid]
+        """The group with the least load; but samples of a prompt stay together, so that it is read
+        once, while that group is not too far ahead."""
+        cost = len(request.tokens) + request.sampling.max_new_tokens
+        least = min(range(len(self.total)), key=self.total.__getitem__)
+        group = self.reader_of.setdefault(request.tokens, least)
+        if self.total[group] >= self.total[least] + TOGETHER * cost:
+            group = self.reader_of[request.tokens] = least
+        self.group_of[request.uid], self.cost_of[request.uid] = group, cost
+        self.total[group] += cost
         return group
 
     def release(self, uid: int) -> None:
         self.total[self.group_of.pop(uid)] -= self.cost_of.pop(uid)
+        if not self.group_of:
+            self.reader_of.clear()
 
 
 class Server:

@@ -238,6 +238,8 @@ def _unpacking(lens: tuple[int, ...]) -> Unpacking:
 
 # ---- Mamba-2
 
+MIN_CHUNK = 64  # tokens of a chunk; with fewer there are more operations, each too small to pay
+
 
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
@@ -276,7 +278,7 @@ def mamba_split_conv1d_scan_combined(
             A,
             B.unflatten(-1, (ngroups, -1)),
             C.unflatten(-1, (ngroups, -1)),
-            chunk_size,
+            max(chunk_size, MIN_CHUNK),
             D=D,
             dt_bias=dt_bias,
         )
