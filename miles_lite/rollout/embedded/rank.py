@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class EngineRank:
             host, port = address.rsplit(":", 1)
             self._store = open_store(host, int(port), self.rank == 0, self.options.timeout_s)
         self.server.start(Comms(self.dims, self.rank, self._store, self.options), self._store)
+        gc.freeze()  # what is here stays: no collection of a step's garbage need look at it
 
     def num_steps(self) -> int:
         """That the model has made: requests under way are getting on. Never waits."""

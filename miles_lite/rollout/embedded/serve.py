@@ -4,9 +4,10 @@ Every step begins with a header, one small sum over all ranks:
 
     [bytes of news, abort and stop flags, tokens of each dp group, bytes of its results]
 
-Only rank 0 hears from outside. It deals new requests out to dp groups, by load and prompt,
-and broadcasts them, with the uids to give up; they take part from the next step on. So the schedule follows from
-the submissions alone. Groups send what they finished to rank 0 after the header that announced it.
+Only rank 0 hears from outside. It deals new requests out to dp groups, by load and prompt, and
+broadcasts them, with the uids to give up; they take part from the next step on. So the schedule
+follows from the submissions alone. Groups send what they finished to rank 0 after the header that
+announced it.
 
 With nothing to do, rank 0 sleeps on its inbox and the others in the header's collective. Rank 0
 sends an empty header every quarter of `timeout_s`, so the collective timeout bounds how long a dead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ class MegatronWorker:
         self._step = step.Step(
             ddp, self._optimizer, routing, settings, self._reference, self._device
         )
+        gc.freeze()  # what is here stays: no collection of a step's garbage need look at it
 
     def _load(self, checkpoint: HfCheckpoint) -> None:
         """Fill every parameter and buffer; the table and the live model must name the same ones."""
