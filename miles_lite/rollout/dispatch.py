@@ -21,6 +21,7 @@ from miles_lite.types import Completion, Request
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05  # between looks at whether engines are lost, slow, or idle
+TOGETHER = 8  # requests more than another that an engine may have, to read a prompt once
 FEW_ORDERS = 4  # of an engine: of fewer, slowness cannot be told from one long answer
 
 Check = Callable[[Engine, Request, Completion], None]  # raises EngineError
@@ -55,14 +56,10 @@ def _works(share: _Share) -> bool:
 class Dispatch:
     """For one call of the rollout: in one event loop, with weights of one version."""
 
-    def __init__(
-        self, engines: Sequence[Engine], check: Check, revive: Revive | None, num_samples: int
-    ) -> None:
-        """revive: brings engines back while no other is busy; None: the first loss is raised.
-        num_samples: of a prompt, which stay together."""
+    def __init__(self, engines: Sequence[Engine], check: Check, revive: Revive | None) -> None:
+        """revive: brings engines back while no other is busy; None: the first loss is raised."""
         self.unfinished: Counter[str] = Counter()  # by engine
         self._shares = [_Share(engine) for engine in engines]
-        self._num_samples = num_samples
         self._readers: dict[tuple[int, ...], _Share] = {}  # by prompt
         self._check, self._revive = check, revive
         self._lost: dict[str, str] = {}  # why, by engine
@@ -94,14 +91,14 @@ class Dispatch:
 
     def _share_for(self, request: Request) -> _Share:
         """The engine with the least load; but a prompt's samples go to the one that reads it
-        already, unless it has as many more to do than that."""
+        already, unless it is too far behind."""
 
         def load(share: _Share) -> int:
             return self.unfinished[share.engine.name]
 
         least = min(self._shares, key=load)
         reader = self._readers.setdefault(request.tokens, least)
-        if load(reader) >= load(least) + self._num_samples:
+        if load(reader) >= load(least) + TOGETHER:
             reader = self._readers[request.tokens] = least
         return reader
 

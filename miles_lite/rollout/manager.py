@@ -177,7 +177,7 @@ class RolloutManager:
         self, sampling: Sampling, num_samples: int, purpose: str, resample: bool
     ) -> _Draw:
         self.num_finished = self._longest = 0
-        dispatch = Dispatch(self.engines, self._check, self.revive, num_samples)
+        dispatch = Dispatch(self.engines, self._check, self.revive)
         self._draw = _Draw(sampling, num_samples, purpose, resample, Counter(), dispatch)
         return self._draw
 

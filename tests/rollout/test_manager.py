@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,12 +44,14 @@ class SeededEngine:
         self.forgotten = 0  # tokens of the last answers whose routing is missing
         self.stuck = False
         self.num_served = self.num_aborts = 0
+        self.prompts: Counter[tuple[int, ...]] = Counter()
         self.stall_s = 60.0
 
     def restart(self) -> None: ...
 
     async def generate(self, request: Request) -> Completion:
         self.num_served += 1
+        self.prompts[request.tokens] += 1
         if self.stuck:
             await asyncio.sleep(3600)
         await asyncio.sleep(0.001 * (request.sampling.seed % 5))
@@ -182,6 +185,16 @@ def test_samples_do_not_depend_on_the_number_of_engines(
         for sample in group.samples:
             assert sample.text == tokenizer.decode(sample.completion.tokens)
             assert sample.verdict.reward == len(sample.text)
+
+
+def test_an_engine_reads_a_prompt_for_all_its_samples(draw: Draw, prompts: list[Prompt]) -> None:
+    """Unless the others would have little to do."""
+    engines = [SeededEngine(name) for name in "ab"]
+    draw(engines)
+    assert [sorted(engine.prompts.values()) for engine in engines] == [[4, 4, 4]] * 2
+    engines = [SeededEngine(name) for name in "ab"]
+    draw(engines, num_prompts=1, samples_per_prompt=32)
+    assert [sum(engine.prompts.values()) for engine in engines] == [16, 16]
 
 
 def test_a_prompt_dealt_twice_in_a_step_draws_other_samples(

@@ -1,6 +1,6 @@
 """Tokens a second of a training step against plain torch on the same modules; padding; collectives.
 
-    python tools/bench/train.py [--models tiny 10m] [--ranks 1 2 4] [--rounds 5]
+    python tools/bench/train.py [--models tiny 10m] [--ranks 1 2 4] [--rounds 5] [--out train.json]
 
 "plain" is forward, log-softmax of the targets and backward of the very modules of the step, one
 packed micro-batch after the other, without schedule, DDP, optimizer, loss or metrics: in turns with
@@ -13,6 +13,7 @@ for the others included: on fewer cores than ranks it is mostly that.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -31,7 +32,7 @@ from miles_lite.parallel import ParallelDims
 from miles_lite.protocols import Phase
 from miles_lite.types import MicroBatch, TrainSequence
 
-MAX_TOKENS = 4096  # of a micro-batch
+MAX_TOKENS = 8192  # of a micro-batch
 SAMPLES = {"tiny": 128, "10m": 32, "50m": 16}  # of each rank
 Share = Sequence[Sequence[MicroBatch]]
 
@@ -41,16 +42,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=("tiny", "10m"))
     parser.add_argument("--ranks", nargs="+", type=int, default=(1, 2, 4))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="all rounds, as JSON")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for size in options.models:
             folder = folder_of(size, Path(scratch))
             for num_ranks in options.ranks:
-                print(bench(size, folder, num_ranks, options.rounds), flush=True)
+                found.append(bench(size, folder, num_ranks, options.rounds))
+                print(line(found[-1]), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1))
 
 
-def bench(size: str, folder: Path, num_ranks: int, rounds: int) -> str:
+def bench(size: str, folder: Path, num_ranks: int, rounds: int) -> dict[str, Any]:
+    """A row of what `line` tells: seconds of CPU of rank 0, by round."""
     context = multiprocessing.get_context("spawn")
     results, addresses = context.Queue(), context.Queue()
     job = (size, folder, num_ranks, rounds)
@@ -60,16 +67,29 @@ def bench(size: str, folder: Path, num_ranks: int, rounds: int) -> str:
     ]
     for process in ranks:
         process.start()
-    line = results.get(timeout=300)
+    row = results.get(timeout=300)
     for process in ranks:
         process.join()
-    return line
+    return {"model": size, "ranks": num_ranks} | row | {"load": os.getloadavg()[0]}
+
+
+def line(row: dict[str, Any]) -> str:
+    told = (
+        f"{row['model']:<5} {row['ranks']} ranks: step {spread(row['tokens'], row['step'])} "
+        f"tokens/s of CPU a rank, padding {row['padding']:.0%}"
+    )
+    if row["plain"]:
+        ratio = statistics.median(a / b for a, b in zip(row["plain"], row["step"], strict=True))
+        told += f", plain torch {spread(row['tokens'], row['plain'])}, step / plain {ratio:.2f}"
+    if row["collectives"]:
+        told += f", collectives {statistics.median(row['collectives']):.0%} of the wall"
+    return f"{told}, load {row['load']:.0f}"
 
 
 def run(
     rank: int, size: str, folder: Path, num_ranks: int, rounds: int, results: Any, addresses: Any
 ) -> None:
-    """One rank; rank 0 puts a line into `results`."""
+    """One rank; rank 0 puts a row into `results`."""
     from miles_lite.trainer.megatron.messages import WorkerSpec
     from miles_lite.trainer.megatron.worker import MegatronWorker
 
@@ -96,29 +116,26 @@ def run(
     worker.enter(Phase.train)
     share = shares(SAMPLES[size], num_ranks)[rank]
     num_tokens = sum(micro_batch.num_tokens for micro_batch in share[0])
-    step, plain, gloo = [], [], []
+    step: list[float] = []
+    plain: list[float] = []
+    gloo: list[float] = []
     for count in range(rounds + 1):  # the first one warms up
         begin = time.process_time()
         worker.step(share)
         middle = time.process_time()
         if num_ranks == 1:
             plain_passes(worker._ddp.module, share)
-        if count:
-            step.append(middle - begin)
-            plain.append(time.process_time() - middle)
-            gloo.append(collective_share(worker, share) if num_ranks > 1 else 0.0)
-    if rank:
-        return
-    line = (
-        f"{size:<5} {num_ranks} ranks: step {spread(num_tokens, step)} tokens/s of CPU a rank, "
-        f"padding {padding(share):.0%}"
-    )
-    if num_ranks == 1:
-        ratio = statistics.median(a / b for a, b in zip(plain, step, strict=True))
-        line += f", plain torch {spread(num_tokens, plain)}, step / plain {ratio:.2f}"
-    else:
-        line += f", collectives {statistics.median(gloo):.0%} of the wall"
-    results.put(f"{line}, load {os.getloadavg()[0]:.0f}")
+            end = time.process_time()
+        if not count:
+            continue
+        step.append(middle - begin)
+        if num_ranks == 1:
+            plain.append(end - middle)
+        else:
+            gloo.append(collective_share(worker, share))
+    if rank == 0:
+        told = {"tokens": num_tokens, "padding": padding(share)}
+        results.put(told | {"step": step, "plain": plain, "collectives": gloo})
 
 
 def shares(num_samples: int, num_ranks: int) -> list[Share]:

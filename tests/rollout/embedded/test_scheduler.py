@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from miles_lite.rollout.embedded.scheduler import Scheduler
+from miles_lite.rollout.embedded.serve import Load
 from miles_lite.types import Finish, Request
 from tests.rollout.embedded.helpers import GREEDY
 
@@ -82,3 +83,15 @@ def test_cancelled_requests_leave_no_holes():
     assert moves == [(3, 0)]
     assert [s.request.uid for s in scheduler.running] == [3, 1]
     assert [s.request.uid for s in scheduler.waiting] == [4]
+
+
+def test_a_group_reads_a_prompt_for_all_its_samples() -> None:
+    """Unless the others would have little to do."""
+    load = Load({}, {}, [0, 0])
+    asked = [Request(uid, (uid // 8,), GREEDY) for uid in range(32)]
+    assert [load.assign(one) for one in asked] == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    for one in asked:
+        load.release(one.uid)
+    assert load.total == [0, 0] and not load.reader_of
+    same = [load.assign(Request(uid, (7,), GREEDY)) for uid in range(32)]
+    assert same == ([0] * 8 + [1] * 16 + [0] * 8)
