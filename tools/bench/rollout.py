@@ -1,25 +1,34 @@
-"""Tokens a second of the embedded engine against transformers' `generate`, in turns, on one core.
+"""Tokens a second of the embedded engine against others that draw, in turns, on one core.
 
     python tools/bench/rollout.py [--models tiny 10m 50m] [--batches 1 8 64] [--rounds 3]
+                                  [--sglang .venv-sglang/bin/python]
 
-Both draw at temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is
-64 sequences of 8 to 64 tokens, where transformers decodes all of them to the last one's end. The
-roofline is the time it takes at least: of a decode step the bytes of the weights it reads (of the
-experts that many random choices hit) and of its states, at the measured bandwidth of a sum, or its
-operations at the measured speed of a matrix product, whichever is longer. Times are seconds of CPU
-of this process, which neighbours disturb less than the clock; --wall takes the clock.
+Against transformers' `generate`, and with --sglang against SGLang's server on a CPU. All draw at
+temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is 64 sequences
+of 8 to 64 tokens, where transformers decodes all of them to the last one's end. The roofline is the
+time it takes at least: of a decode step the bytes of the weights it reads (of the experts that many
+random choices hit) and of its states, at the measured bandwidth of a sum, or its operations at the
+measured speed of a matrix product, whichever is longer. Times are seconds of CPU of this process,
+which neighbours disturb less than the clock; --wall takes the clock. SGLang is always held against
+the engine by the clock: it has processes of its own, of one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import secrets
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +45,7 @@ from miles_lite.types import Request, Sampling
 
 PROMPT_LEN, RESPONSE_LEN = 24, 32
 RAGGED = "ragged"
+START_S = 300.0  # of SGLang
 
 
 def main() -> None:
@@ -44,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", default=["1", "8", "64", RAGGED])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true")
+    parser.add_argument("--sglang", default="", help="an interpreter that has it")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -56,19 +67,29 @@ def main() -> None:
             folder = folder_of(size, Path(scratch))
             model, theirs = NemotronH.from_folder(folder), transformers_model(folder)
             ours = engine(model, folder)
+            server = SGLang(folder, options.sglang) if options.sglang else None
             for batch in options.batches:
                 lengths = response_lens(batch)
                 prompts = random_prompts(len(lengths))
                 times: dict[str, list[float]] = {"engine": [], "transformers": []}
                 draw(ours, prompts, lengths)  # warm
+                if server:
+                    times |= {"sglang": [], "engine_wall": []}
+                    server.draw(prompts, lengths)
                 for _ in range(options.rounds):
                     times["engine"].append(timed(clock, draw, ours, prompts, lengths))
                     times["transformers"].append(timed(clock, generate, theirs, prompts, lengths))
+                    if server:
+                        wall = time.perf_counter
+                        times["engine_wall"].append(timed(wall, draw, ours, prompts, lengths))
+                        times["sglang"].append(timed(wall, server.draw, prompts, lengths))
                 floor_s = roofline_s(model, lengths, bandwidth, peak)
                 row = {"model": size, "batch": batch, "tokens": sum(lengths), "floor_s": floor_s}
                 found.append(row | times)
                 print(line(found[-1]), flush=True)
             ours.close()
+            if server:
+                server.close()
     if options.out:
         options.out.write_text(json.dumps({"load": os.getloadavg(), "rows": found}, indent=1))
 
@@ -76,11 +97,15 @@ def main() -> None:
 def line(row: dict[str, Any]) -> str:
     own, theirs = (statistics.median(row[side]) for side in ("engine", "transformers"))
     spread = f"{min(row['engine']):.3f} to {max(row['engine']):.3f} s"
-    return (
+    told = (
         f"{row['model']:<5} batch {row['batch']:<7} engine {row['tokens'] / own:>8,.0f} tokens/s "
         f"({spread}), transformers {row['tokens'] / theirs:>7,.0f}, ratio {theirs / own:5.1f}, "
         f"{row['floor_s'] / own:4.0%} of the roofline"
     )
+    if "sglang" not in row:
+        return told
+    own, sglang = (statistics.median(row[side]) for side in ("engine_wall", "sglang"))
+    return f"{told}; SGLang {row['tokens'] / sglang:,.0f}, ratio {sglang / own:.1f} by the clock"
 
 
 def response_lens(batch: str) -> list[int]:
@@ -140,6 +165,55 @@ def generate(model: Any, prompts: Sequence[tuple[int, ...]], lengths: Sequence[i
         max_new_tokens=longest,
         pad_token_id=1,
     )
+
+
+class SGLang:
+    """A server that is up, as `miles-lite serve` starts it."""
+
+    def __init__(self, folder: Path, python: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self._key = secrets.token_hex(16)
+        words = ["serve", "--model", folder, "--engine", "sglang", "--python", python]
+        words += ["--device", "cpu", "--max-seq-len", "128", "--max-running", "64"]
+        words += ["--port", str(self._port), "--api-key-env", "BENCH_KEY"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "miles_lite.cli", *words],
+            env=os.environ | {"BENCH_KEY": self._key, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until = time.monotonic() + START_S
+        while True:
+            if self._process.poll() is not None or time.monotonic() > until:
+                self.close()
+                raise SystemExit(f"SGLang was not up within {START_S:g} s: {words}")
+            with contextlib.suppress(OSError):
+                self._call("/health_generate", None)
+                return
+            time.sleep(1)
+
+    def draw(self, prompts: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> None:
+        sampling = [
+            {"max_new_tokens": length, "temperature": 1.0, "ignore_eos": True} for length in lengths
+        ]
+        answers = self._call("/generate", {"input_ids": prompts, "sampling_params": sampling})
+        drawn = [answer["meta_info"]["completion_tokens"] for answer in answers]
+        assert drawn == list(lengths), drawn
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def _call(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=START_S) as reply:
+            return json.loads(reply.read() or b"null")
 
 
 def timed(clock: Callable[[], float], work: Callable[..., object], *args: object) -> float:
