@@ -102,7 +102,8 @@ def _place(innermost: FrameType) -> tuple[str, bool]:
         return "", False
     inner = [f for f in dict.fromkeys((innermost, *ours[:2])) if f is not ours[-1]]
     names = [f.f_code.co_qualname.replace("<locals>.", "") for f in (*inner, ours[-1])]
-    line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+    number = innermost.f_lineno or 0  # None between the lines
+    line = linecache.getline(innermost.f_code.co_filename, number)
     return " > ".join(reversed(names)), ".wait(" in line
 
 

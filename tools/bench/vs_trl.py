@@ -113,6 +113,7 @@ def miles_lite(model: Path, task: Task, overrides: Sequence[str], scratch: Path)
         f"rollout.max_response_tokens={task.response_len}",
         f"train.global_batch={task.num_prompts * task.num_samples}",
         "train.max_tokens_per_micro_batch=8192",  # one pass, as TRL's
+        f"sync.bucket_bytes={64 << 20}",
         f"train.num_steps={task.num_steps}",
         f"optim.lr={task.lr}",
         f"reward.file={PROJECT / file}",
