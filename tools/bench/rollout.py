@@ -1,7 +1,7 @@
 """Tokens a second of the embedded engine against others that draw, in turns, on one core.
 
     python tools/bench/rollout.py [--models tiny 10m 50m] [--batches 1 8 64] [--rounds 3]
-                                  [--sglang .venv-sglang/bin/python]
+                                  [--sglang .venv-sglang/bin/python] [--json FILE]
 
 Against transformers' `generate`, and with --sglang against SGLang's server on a CPU. All draw at
 temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is 64 sequences
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--sglang", default="", help="an interpreter that has it")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="all rounds")
     options = parser.parse_args()
     torch.set_num_threads(1)
     clock = time.perf_counter if options.wall else time.process_time
@@ -90,8 +90,8 @@ def main() -> None:
             ours.close()
             if server:
                 server.close()
-    if options.out:
-        options.out.write_text(json.dumps({"load": os.getloadavg(), "rows": found}, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({"load": os.getloadavg(), "rows": found}, indent=1))
 
 
 def line(row: dict[str, Any]) -> str:

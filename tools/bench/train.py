@@ -1,6 +1,6 @@
 """Tokens a second of a training step against plain torch on the same modules; padding; collectives.
 
-    python tools/bench/train.py [--models tiny 10m] [--ranks 1 2 4] [--rounds 5] [--out train.json]
+    python tools/bench/train.py [--models tiny 10m] [--ranks 1 2 4] [--rounds 5] [--json FILE]
 
 "plain" is forward, log-softmax of the targets and backward of the very modules of the step, one
 packed micro-batch after the other, without schedule, DDP, optimizer, loss or metrics: in turns with
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=("tiny", "10m"))
     parser.add_argument("--ranks", nargs="+", type=int, default=(1, 2, 4))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="all rounds, as JSON")
+    parser.add_argument("--json", type=Path, help="all rounds")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     found: list[dict[str, Any]] = []
@@ -52,8 +52,8 @@ def main() -> None:
             for num_ranks in options.ranks:
                 found.append(bench(size, folder, num_ranks, options.rounds))
                 print(line(found[-1]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 def bench(size: str, folder: Path, num_ranks: int, rounds: int) -> dict[str, Any]:

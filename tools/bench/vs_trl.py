@@ -1,6 +1,6 @@
 """A whole GRPO step of miles-lite against TRL's GRPOTrainer, on CPU cores, in turns.
 
-    python tools/bench/vs_trl.py [--models tiny 10m 50m] [--rounds 3] [--out vs_trl.json]
+    python tools/bench/vs_trl.py [--models tiny 10m 50m] [--rounds 3] [--json FILE]
 
 Makes TRL's environment (.venv-trl, with the same torch and transformers) when it is not there.
 Both sides get the same checkpoint, prompts, reward, number of samples and limit of tokens, fp32,
@@ -11,7 +11,8 @@ with transformers' `generate`, as vLLM has no CPU build for this model, and comp
 --experts says. The tiny model ends its answers itself, equally often on both sides; the random ones
 nearly never do, so that all answers have the same length. The first steps of a run warm up and are
 left out. Times are of the wall; "cpu" is what all processes of a side, Ray's included, take of the
-cores in a step: where neighbours load them, it tells more.
+cores in a step: where neighbours load them, it tells more. "GB" is the most memory that they have
+each for itself in a step, together, looked at four times a second.
 
 TRL takes the log-probs before the update from the training pass itself where there is one update.
 """
@@ -35,8 +36,9 @@ import psutil
 from models import PROJECT, SIZES, folder_of
 
 PINS = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "pylatexenc==2.10")
-PHASES = ("cpu", "step", "rollout", "reward", "log_probs", "train", "sync")
-Row = dict[str, float]  # seconds of one step by phase, and its tokens
+PHASES = ("GB", "cpu", "step", "rollout", "reward", "log_probs", "train", "sync")
+MEMORY_S = 0.25  # between looks at memory
+Row = dict[str, float]  # seconds of one step by phase, its tokens, and GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--trl", nargs="+", default=["2x1"], help="processes x threads of TRL")
     parser.add_argument("--experts", default="grouped_mm", help="batched_mm, grouped_mm or eager")
     parser.add_argument("--passes", type=int, default=1, help="of TRL's update; more: less memory")
-    parser.add_argument("--out", type=Path, help="all steps, as JSON")
+    parser.add_argument("--json", type=Path, help="all steps")
     parser.add_argument("overrides", nargs="*", help="of miles-lite's configuration, after --")
     options = parser.parse_args()
     python = trl_python()
@@ -83,9 +85,9 @@ def main() -> None:
                     sides.setdefault(f"TRL {layout}", []).extend(theirs)
             print(table(size, task, sides), flush=True)
             found[size] = sides
-    if options.out:
+    if options.json:
         load = os.getloadavg()
-        options.out.write_text(json.dumps({"pins": PINS, "load": load, "steps": found}, indent=1))
+        options.json.write_text(json.dumps({"pins": PINS, "load": load, "steps": found}, indent=1))
 
 
 def trl_python() -> Path:
@@ -127,7 +129,7 @@ def miles_lite(model: Path, task: Task, overrides: Sequence[str], scratch: Path)
     ]
     progress = folder / "run/metrics.jsonl"
     command = [sys.executable, "-m", "miles_lite.cli", "train", *words]
-    cpu_s = watched(command, {}, progress, b'"perf/step_time"')
+    seen = watched(command, {}, progress, b'"perf/step_time"')
     rows: list[Row] = []
     for line in progress.read_text().splitlines():
         metrics = json.loads(line)
@@ -144,7 +146,7 @@ def miles_lite(model: Path, task: Task, overrides: Sequence[str], scratch: Path)
                 "tokens": metrics["perf/rollout_tokens_per_s"] * metrics["perf/rollout_time"],
             }
         )
-    return with_cpu(rows, cpu_s)[task.num_warm :]
+    return with_seen(rows, seen)[task.num_warm :]
 
 
 def trl(
@@ -162,31 +164,40 @@ def trl(
     command += ["--response", task.response_len, "--lr", task.lr, "--steps", task.num_steps]
     command += ["--threads", threads, "--experts", experts, "--passes", passes]
     env = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-    cpu_s = watched(list(map(str, command)), env, out.with_suffix(".steps"), b"step")
-    return with_cpu(json.loads(out.read_text()), cpu_s)[task.num_warm :]
+    seen = watched(list(map(str, command)), env, out.with_suffix(".steps"), b"step")
+    return with_seen(json.loads(out.read_text()), seen)[task.num_warm :]
 
 
-def with_cpu(rows: Sequence[Row], cpu_s: Sequence[float]) -> list[Row]:
-    """cpu_s: at the end of every step, since the start."""
+def with_seen(rows: Sequence[Row], seen: Sequence[tuple[float, float]]) -> list[Row]:
+    """seen: as `watched` returns it."""
+    before = [0.0, *(cpu_s for cpu_s, _ in seen)]
     return [
-        row | {"cpu": after - before}
-        for row, before, after in zip(rows, [0.0, *cpu_s], cpu_s, strict=False)
+        row | {"cpu": cpu_s - begin, "GB": gigabytes}
+        for row, begin, (cpu_s, gigabytes) in zip(rows, before, seen, strict=False)
     ]
 
 
 def watched(
     command: Sequence[str], env: dict[str, str], progress: Path, mark: bytes
-) -> list[float]:
-    """Run it; seconds of CPU of its whole tree of processes whenever `progress` has one more mark.
-    Raises RuntimeError with the end of what it said, if it fails."""
-    found: list[float] = []
+) -> list[tuple[float, float]]:
+    """Run it; whenever `progress` has one more mark, the seconds of CPU of its whole tree of
+    processes, and the most GB since the last. Raises RuntimeError with the end of what it said, if
+    it fails."""
+    found: list[tuple[float, float]] = []
+    most, looked = 0.0, 0.0
     with tempfile.TemporaryFile() as said:
         with subprocess.Popen(command, env=os.environ | env, stdout=said, stderr=said) as process:
             tree = psutil.Process(process.pid)
             while process.poll() is None:
                 time.sleep(0.02)
-                if progress.exists() and progress.read_bytes().count(mark) > len(found):
-                    found.append(cpu_seconds(tree))
+                is_done = progress.exists() and progress.read_bytes().count(mark) > len(found)
+                if not is_done and time.monotonic() < looked + MEMORY_S:
+                    continue
+                cpu_s, gigabytes = used(tree)
+                most, looked = max(most, gigabytes), time.monotonic()
+                if is_done:
+                    found.append((cpu_s, most))
+                    most = 0.0
         if process.returncode:
             said.seek(0)
             text = said.read().decode(errors="replace")
@@ -194,20 +205,23 @@ def watched(
     return found
 
 
-def cpu_seconds(tree: psutil.Process) -> float:
-    total = 0.0
-    for process in [tree, *tree.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
+def used(tree: psutil.Process) -> tuple[float, float]:
+    """Seconds of CPU, and GB that no other process shares."""
+    cpu_s, num_bytes = 0.0, 0
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended
+        for process in [tree, *tree.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times, memory = process.cpu_times(), process.memory_info()
+                cpu_s += times.user + times.system
+                num_bytes += memory.rss - memory.shared
+    return cpu_s, num_bytes / 1e9
 
 
 def table(size: str, task: Task, sides: dict[str, list[Row]]) -> str:
     lines = [
         f"{size}: {task.num_prompts} prompts x {task.num_samples} samples of at most "
-        f"{task.response_len} tokens; medians of {len(sides['miles-lite'])} steps, s (min to max); "
-        f"load {os.getloadavg()[0]:.1f}",
+        f"{task.response_len} tokens; medians (least to most) of {len(sides['miles-lite'])} steps, "
+        f"seconds and GB; load {os.getloadavg()[0]:.1f}",
         f"{'':<14}" + "".join(f"{phase:<24}" for phase in PHASES) + "tokens a step",
     ]
     for name, rows in sides.items():
