@@ -84,15 +84,15 @@ def _saved(world: World, kinds: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_layers_save_what_is_planned() -> None:
-    """Of attention, dense and expert layers, within 1 %, but for the norms: here torch's own, which
-    save their input again and an intermediate. (The Mamba scan of a CPU is not the fused one.)"""
+    """Of attention, dense and expert layers, within 1 %, but for one hidden state that the first
+    and the last keep besides. (The Mamba scan of a CPU is not the fused one.)"""
     even = replace(H200, assumed=replace(H200.assumed, expert_imbalance=1.0))
     (measured,) = run_ranks(1, _saved, "*-E")
     hidden = NUM_TOKENS * WIDE.hidden_size * 4
     for kind, num_bytes in measured.items():
         saved, _ = layer_bytes(WIDE, kind, NUM_TOKENS, ONE, even, 4)
         extra = (num_bytes - saved) / hidden
-        assert 0.99 < extra < 2.05, (kind, num_bytes, saved)
+        assert -0.01 < extra < 1.05, (kind, num_bytes, saved)
         assert abs(extra - round(extra)) * hidden < 0.01 * saved
 
 
