@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import openai
 import psutil
@@ -31,6 +32,8 @@ def server(
         [sys.executable, "-m", "miles_lite.cli", *words, "--api-key-env", "SERVE_KEY"],
         env={**os.environ, "SERVE_KEY": KEY, "OMP_NUM_THREADS": "1"},
         cwd=tmp_path_factory.mktemp("serve"),
+        # whoever runs the tests in the background has it ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process, port
