@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from miles_lite import environment, log
+from miles_lite import environment, log, resume
 from miles_lite import run as run_module
 from miles_lite.claim import RunFinished
 from miles_lite.compose import build
@@ -238,6 +238,17 @@ def test_samples_that_cannot_be_written_are_told_before_the_next(cfg: Config) ->
     run.save_samples(0, [group(0)], *seen({}))
     with pytest.raises(RunError, match="samples"):
         run.save_samples(1, [group(1)], *seen({}))
+
+
+def test_a_checkpoint_waits_for_the_samples_before_it(cfg: Config) -> None:
+    """Here they cannot be written, so it is never begun to be completed."""
+    run = Run.open(cfg, NOW)
+    (run.folder / "samples").write_text("no folder")
+    run.saving = 1, {}
+    run.save_samples(0, [group(0)], *seen({}))
+    nobody: Any = None
+    with pytest.raises(RunError, match="samples"):
+        resume.complete(run, nobody)
 
 
 def test_samples_of_an_earlier_version_still_read(tmp_path: Path) -> None:
