@@ -31,7 +31,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-from miles_lite.trainer.megatron import stand_ins
+from miles_lite.trainer.megatron import norms, stand_ins
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like")
 
@@ -227,7 +227,7 @@ def _mamba_mixer(module: Any) -> None:
 
 
 def _hybrid_block(module: Any) -> None:
-    module.TENorm = stand_ins.TorchNorm  # final_norm does not go through the layer spec
+    module.TENorm = norms.TorchNorm  # final_norm does not go through the layer spec
 
 
 def _optimizer(module: Any) -> None:
@@ -314,7 +314,7 @@ def _pretended(name: str) -> Mapping[str, Any]:
             _module("mamba_ssm"),
             _module("mamba_ssm.ops"),
             _module(root),
-            _module(f"{root}.layernorm_gated", RMSNorm=stand_ins.RMSNormGated),
+            _module(f"{root}.layernorm_gated", RMSNorm=norms.RMSNormGated),
             _module(
                 f"{root}.ssd_combined",
                 mamba_chunk_scan_combined=stand_ins.mamba_chunk_scan_combined,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from miles_lite.models.nemotron_h import NemotronH
-from miles_lite.trainer.megatron import stand_ins
+from miles_lite.trainer.megatron import norms, stand_ins
 
 
 def stack_spec(model: NemotronH) -> Any:
@@ -75,7 +75,7 @@ def _mamba() -> Any:
     return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
-            norm=stand_ins.TorchNorm,
+            norm=norms.TorchNorm,
             mixer=ModuleSpec(module=MambaMixer, submodules=projections),
             mamba_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
@@ -106,7 +106,7 @@ def _attention() -> Any:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=stand_ins.TorchNorm,
+            input_layernorm=norms.TorchNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
@@ -131,7 +131,7 @@ def _mlp() -> Any:
     return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=stand_ins.TorchNorm,
+            pre_mlp_layernorm=norms.TorchNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
@@ -152,6 +152,6 @@ def _moe(num_experts: int) -> Any:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=stand_ins.TorchNorm, mlp=moe, mlp_bda=get_bias_dropout_add
+            pre_mlp_layernorm=norms.TorchNorm, mlp=moe, mlp_bda=get_bias_dropout_add
         ),
     )
