@@ -18,6 +18,10 @@ from miles_lite.protocols import EngineError
 
 T = TypeVar("T")
 
+# An idle connection. Long before the server closes it (SERVER_KEEPS_S): a request written at that
+# very moment is reset, and nothing tells whether it was served.
+KEEPS_S = 2
+
 
 class Client:
     def __init__(self, name: str, url: str, api_key: str) -> None:
@@ -32,7 +36,8 @@ class Client:
     async def _open(self) -> tuple[aiohttp.ClientSession, asyncio.Future[str]]:
         # without limits of its own: deadlines are given with each call
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPS_S),
+            timeout=aiohttp.ClientTimeout(total=None),
         )
         return session, self._loop.create_future()
 

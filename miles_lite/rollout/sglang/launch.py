@@ -17,6 +17,8 @@ from miles_lite.rollout.sglang.options import EngineSpec, options
 
 PROJECT = Path(__file__).resolve().parents[3]
 
+SERVER_KEEPS_S = 60  # an idle connection; SGLang's own choice is 5
+
 _NOT_INHERITED = (
     "PYTHONPATH",  # leads to this interpreter's torch
     "PYTHONHOME",
@@ -99,6 +101,7 @@ def environment(spec: EngineSpec, host: str = "127.0.0.1") -> dict[str, str]:
     env = interface_env(host) | env
     env |= {
         "SGLANG_HOST_IP": host,  # else it asks the route to the internet for its address
+        "SGLANG_TIMEOUT_KEEP_ALIVE": str(SERVER_KEEPS_S),
         "OMP_NUM_THREADS": str(spec.threads),
         "HF_HUB_OFFLINE": "1",  # everything is in the model's folder
         # the longest request may end just where the model's config does, and CONTEXT_SLACK beyond

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from miles_lite.parallel import EngineDims
+from miles_lite.rollout.sglang.client import KEEPS_S
 from miles_lite.rollout.sglang.launch import launch
 from miles_lite.rollout.sglang.model_folder import engine_folder
 from tests.rollout.sglang import servers
@@ -84,6 +86,18 @@ def test_released_weights_come_back_as_garbage(server: Server) -> None:
     assert all(value is None or math.isnan(value) for value in logprobs())
     server.load_weights()
     assert logprobs() == before
+
+
+def test_an_idle_connection_is_kept_longer_than_the_client_does(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    try:
+        for pause_s in (0, 4 * KEEPS_S):
+            time.sleep(pause_s)
+            connection.request("GET", "/server_info", headers={"Authorization": f"Bearer {KEY}"})
+            held = connection.sock
+            assert connection.getresponse().read() and connection.sock is held
+    finally:
+        connection.close()
 
 
 def test_only_who_has_the_key_is_answered_and_nobody_sees_it(server: Server) -> None:
