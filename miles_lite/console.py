@@ -133,9 +133,8 @@ class Console:
             del values[:-HISTORY]
         if not self._live:
             shown = [f"{title} {text}" for title, text in _shown(metrics)]
-            left = self._left_s()
             shown += [f"{name} {seconds(took)}" for name, took in phases.items() if took >= 0.05]
-            shown += [f"{seconds(left)} left"] if left else []
+            shown += [self._left()] if self._done < self._num_steps else []
             self._line(f"step {self._done}/{self._num_steps}: " + ", ".join(shown))
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
@@ -155,12 +154,15 @@ class Console:
         """The step now under way; the last one when all are done."""
         return f"step {min(self._done + 1, self._num_steps)}/{self._num_steps}"
 
-    def _left_s(self) -> float:
-        """Seconds to the end of the run, 0 when unknown: each step to come takes the median of the
+    def _left(self) -> str:
+        """Time to the end of the run, "" when unknown: each step to come takes the median of the
         recent ones. The first step warms up and is left out as soon as there is another.
         """
         recent = self._step_times[1:][-20:] or self._step_times
-        return (self._num_steps - self._done) * statistics.median(recent) if recent else 0.0
+        if not recent:
+            return ""
+        left_s = (self._num_steps - self._done) * statistics.median(recent)
+        return f"{seconds(max(0.0, left_s - (time.monotonic() - self._step_begin)))} left"
 
     def _line(self, line: str) -> None:
         text = Text(printable(line))
@@ -186,7 +188,8 @@ class Console:
     def _still(self, phase_begin: float, next_s: float) -> None:
         """Runs in the alarm's thread."""
         if phase_begin == self._phase_begin:
-            self._line(f"{self._position()}: {self._phase}, {self._progress()}")
+            left = f", {told}" if (told := self._left()) else ""
+            self._line(f"{self._position()}: {self._phase}, {self._progress()}{left}")
             self._arm(next_s)
 
     def _disarm(self) -> None:
@@ -196,15 +199,13 @@ class Console:
 
     def _view(self) -> RenderableType:
         """Runs in rich's thread, or on entry and exit."""
-        now = time.monotonic()
         head = Table.grid(padding=(0, 2))
-        left = max(0.0, self._left_s() - (now - self._step_begin))
         head.add_row(
             Text(self._experiment, "bold"),
             ProgressBar(self._num_steps, self._done, width=24),
             Text(self._position()),
             Text(f"{self._phase} {self._progress()}", "cyan"),
-            Text(f"{seconds(left)} left" if self._step_times else ""),
+            Text(self._left()),
         )
         body = Table.grid(padding=(0, 2))
         fancy = self._terminal.encoding.startswith("utf")

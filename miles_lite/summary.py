@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +24,47 @@ def summarize(folder: Path, steps: Mapping[int, Metrics]) -> Summary:
     steps: metrics by step, as run.read_metrics gives them. The first step pays for warming up, so
     speeds are medians.
     """
-    trained = [metrics for metrics in steps.values() if "rollout/raw_reward" in metrics]
-    rewards = [metrics["rollout/raw_reward"] for metrics in trained]
+    trained = [metrics for metrics in steps.values() if "perf/step_time" in metrics]
     found: Summary = {"run_folder": str(folder), "num_steps": len(trained)}
     if restarts := read_restarts(folder):
         causes = [f"after {line['step']} steps {line['cause']}" for line in reversed(restarts)]
         found |= {"restarts": len(restarts), "restart_causes": few(causes)}
-    if not trained:
-        return found
-    found |= {
-        "reward_first": rewards[0],
-        "reward_last": statistics.fmean(rewards[-LAST_STEPS:]),
-        "reward_last_step": rewards[-1],
-        "reward_best": max(rewards),
-        "drift_max": max(m["train/train_rollout_logprob_abs_diff"] for m in trained),
-        "step_time_s": statistics.median(m["perf/step_time"] for m in trained),
-        "rollout_tokens_per_s": statistics.median(m["perf/rollout_tokens_per_s"] for m in trained),
-        "train_tokens_per_s": statistics.median(m["perf/actor_train_tok_per_s"] for m in trained),
-        "nonfinite_logprobs": sum(m["train/nonfinite_logprobs"] for m in trained),
-        "invalid_rewards": max(m["reward/invalid_ratio"] for m in trained),
-    }
-    evals = [
-        (step, name, value)
-        for step, metrics in steps.items()
-        for name, value in metrics.items()
-        if name.startswith("eval/") and name.count("/") == 1 and "-" not in name
-    ]
-    if evals:
-        found |= {"eval_before": evals[0][2], "eval_after": evals[-1][2], "eval_name": evals[0][1]}
+
+    def seen(name: str) -> list[float]:
+        return [metrics[name] for metrics in trained if name in metrics]
+
+    if rewards := seen("rollout/raw_reward"):  # a step whose answers all lack a verdict has none
+        found |= {
+            "reward_first": rewards[0],
+            "reward_last": statistics.fmean(rewards[-LAST_STEPS:]),
+            "reward_last_step": rewards[-1],
+            "reward_best": max(rewards),
+        }
+    for key, tell, name in (
+        ("drift_max", _most, "train/train_rollout_logprob_abs_diff"),
+        ("step_time_s", statistics.median, "perf/step_time"),
+        ("rollout_tokens_per_s", statistics.median, "perf/rollout_tokens_per_s"),
+        ("train_tokens_per_s", statistics.median, "perf/actor_train_tok_per_s"),
+        ("nonfinite_logprobs", sum, "train/nonfinite_logprobs"),
+        ("invalid_rewards", _most, "reward/invalid_ratio"),
+    ):
+        if values := seen(name):
+            found[key] = tell(values)
+    return found | held_out(steps.values())
+
+
+def _most(values: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def held_out(steps: Iterable[Metrics]) -> Summary:
+    """ "eval/SET before" and "eval/SET after": the first and the last mean reward of each set."""
+    found: Summary = {}
+    for metrics in steps:
+        for name, value in metrics.items():
+            if f"{name}-truncated_ratio" in metrics:  # so it is a set, whatever its name
+                found.setdefault(f"{name} before", value)
+                found[f"{name} after"] = value
     return found
 
 
@@ -64,20 +78,24 @@ def lines(summary: Summary) -> list[str]:
     """For people."""
     told = [f"steps trained      {summary['num_steps']}"]
     if "reward_first" in summary:
-        told += [
+        told.append(
             f"reward             {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}"
-            f" (mean of the last {LAST_STEPS} steps; best {summary['reward_best']:.3f})",
+            f" (mean of the last {LAST_STEPS} steps; best {summary['reward_best']:.3f})"
+        )
+    elif summary["num_steps"]:
+        told.append("reward             none: no answer has a verdict")
+    if "drift_max" in summary:
+        told += [
             f"drift              at most {summary['drift_max']:.2e} nats a token"
             " (|log p trainer - log p engine|)",
             f"speed              {summary['step_time_s']:.2f} s a step, rollout "
             f"{summary['rollout_tokens_per_s']:,.0f} and training "
             f"{summary['train_tokens_per_s']:,.0f} tokens/s",
         ]
-    if "eval_before" in summary:
-        told.append(
-            f"{summary['eval_name']:<18} {summary['eval_before']:.3f} -> "
-            f"{summary['eval_after']:.3f} (held out)"
-        )
+    for key, before in summary.items():
+        if key.endswith(" before"):
+            name = key.removesuffix(" before")
+            told.append(f"{name:<18} {before:.3f} -> {summary[f'{name} after']:.3f} (held out)")
     if "restarts" in summary:
         told.append(f"restarts           {summary['restarts']}: {summary['restart_causes']}")
     return [*told, f"run folder         {summary['run_folder']}"]

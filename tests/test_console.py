@@ -74,6 +74,18 @@ def test_a_slow_phase_tells_expected_time_and_who_is_waited_for() -> None:
     lines = [line for line in screen.text.splitlines() if "generate" in line]
     assert all(r"3/8 answers, waiting for engine 1\x1b[2J" in line for line in lines)
     assert re.search(r"generate, 0\.\d s of about 0\.\d s, 3/8", lines[-1])
+    assert "left" not in lines[-1]  # nobody knows before the first step is done
+
+
+def test_a_slow_phase_tells_when_the_run_will_end() -> None:
+    screen = Screen()
+    with plain(screen, slow_phase_s=0.05) as console:
+        console.phase("generate")
+        console.step(0, METRICS)
+        console.phase("train")
+        time.sleep(0.2)
+    lines = [line for line in screen.text.splitlines() if "train, " in line]
+    assert lines and all(re.search(r"train, 0\.\d s, \d\.\d s left$", line) for line in lines)
 
 
 def test_a_step_line_has_the_time_of_each_phase() -> None:

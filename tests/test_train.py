@@ -242,7 +242,8 @@ def test_the_export_changed_and_carries_mtp(run: Path) -> None:
 def test_summary_and_configuration_are_in_the_folder(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["outcome"] == "finished" and summary["num_steps"] == 2
-    assert {"reward_first", "reward_last", "eval_before", "eval_after", "drift_max"} <= set(summary)
+    told = {"reward_first", "reward_last", "eval/eval before", "eval/eval after", "drift_max"}
+    assert told <= set(summary)
     assert "eps_clip_high: 0.3" in (run / "config.yaml").read_text()
     assert json.loads((run / "environment.json").read_text())
 

@@ -50,12 +50,17 @@ def overview(runs: Sequence[RunData]) -> Table:
     def from_to(first: str, last: str) -> Callable[[RunData], str]:
         return lambda run: f"{of(first)(run)} → {of(last)(run)}"
 
+    keys = sorted({key for run in runs for key in run.summary if key.endswith(" before")})
+    held_out = {key: key.removeprefix("eval/").removesuffix(" before") for key in keys}
     rows = [
         row("How it ended", lambda run: run.outcome),
         row("Steps trained", of("num_steps")),
         row("Restarts", lambda run: _restarts(run.summary)),
         row("Reward, first step → mean of the last five", from_to("reward_first", "reward_last")),
-        row("Held-out reward, before → after", from_to("eval_before", "eval_after")),
+        *(
+            row(f"Held-out reward, {name}, before → after", from_to(key, f"eval/{name} after"))
+            for key, name in held_out.items()
+        ),
         row("Drift at most, nats a token", of("drift_max")),
         row("Answers without a verdict at most", of("invalid_rewards", percent)),
         row("Seconds a step (median)", of("step_time_s", seconds)),

@@ -7,8 +7,9 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from miles_lite.algo.routing import RouterSizes, choices
@@ -59,15 +60,35 @@ class RolloutSettings:
 
 @dataclass(slots=True)
 class _Draw:
-    """One call of generate or sample."""
+    """One call of generate, sample or rescore."""
 
     sampling: Sampling
     num_samples: int  # a prompt
     purpose: str  # mixed into the seeds, so that two uses of one prompt draw different samples
     resample: bool
-    times_asked: Counter[str]  # by prompt: the second time, other seeds
     dispatch: Dispatch
+    times_asked: Counter[str] = field(default_factory=Counter)  # by prompt: the 2nd, other seeds
     num_resampled: int = 0
+    finished_prompts: int = 0
+    wanted: int = 0  # samples begun
+    finished: int = 0  # of them graded
+    grading: int = 0  # of them being graded
+    longest: int = 0  # tokens of an answer so far
+
+    @property
+    def owing(self) -> list[str]:
+        """Who works on how many of the samples that are not finished."""
+        shares = [*self.dispatch.unfinished.items(), ("rewards", self.grading)]
+        return [f"{name} ({num})" for name, num in shares if num]
+
+    @contextmanager
+    def being_graded(self, num: int) -> Iterator[None]:
+        self.grading += num
+        try:
+            yield
+        finally:
+            self.grading -= num
+        self.finished += num
 
 
 class RolloutManager:
@@ -87,8 +108,6 @@ class RolloutManager:
         self.engines = engines
         self.version = -1
         self.revive: Revive | None = None
-        self.num_finished = 0  # samples of the running call
-        self._longest = 0  # tokens of an answer of it
         self._draw: _Draw | None = None  # the running call
         self._rewards = rewards
         self._tokenizer = tokenizer
@@ -162,11 +181,14 @@ class RolloutManager:
         if not samples or not all(engine.can_score(sampling) for engine in self.engines):
             return ()
         draw = self._new_draw(sampling, 1, "", resample=False)
+        draw.wanted = len(samples)
 
         async def one(sample: Sample) -> Completion:
             answer = sample.completion.tokens[:MAX_RESCORED]
             scoring = replace(sampling, max_new_tokens=len(answer))
-            return await self._complete(sample.prompt, scoring, draw, answer)
+            completion = await self._complete(sample.prompt, scoring, draw, answer)
+            draw.finished += 1
+            return completion
 
         async def all_of_them() -> list[Completion]:
             return await asyncio.gather(*map(one, samples))
@@ -176,20 +198,19 @@ class RolloutManager:
     def _new_draw(
         self, sampling: Sampling, num_samples: int, purpose: str, resample: bool
     ) -> _Draw:
-        self.num_finished = self._longest = 0
         dispatch = Dispatch(self.engines, self._check, self.revive)
-        self._draw = _Draw(sampling, num_samples, purpose, resample, Counter(), dispatch)
+        self._draw = _Draw(sampling, num_samples, purpose, resample, dispatch)
         return self._draw
 
     def progress(self) -> str:
         """See protocols.Rollout."""
         if (draw := self._draw) is None:
             return ""
-        unfinished = dict(draw.dispatch.unfinished)
-        owing = [f"{name} ({n})" for name, n in unfinished.items() if n]
-        wanted = self.num_finished + sum(unfinished.values())
-        said = f"{self.num_finished}/{wanted} answers, longest {self._longest:,} tokens"
-        return f"{said}, waiting for {few(owing)}" if owing else said
+        said = f"{draw.finished}/{draw.wanted} answers"
+        if draw.times_asked:
+            said = f"{draw.finished_prompts}/{draw.times_asked.total()} prompts, {said}"
+        said += f", longest {draw.longest:,} tokens"
+        return f"{said}, waiting for {few(draw.owing)}" if draw.owing else said
 
     def _run(self, work: Coroutine[Any, Any, T], draw: _Draw) -> T:
         """Do it by the deadline, and leave no request behind on any engine."""
@@ -229,18 +250,17 @@ class RolloutManager:
         await draw.dispatch.close()
 
     def _late(self, draw: _Draw) -> RolloutError:
-        unfinished = draw.dispatch.unfinished
-        missing = ", ".join(f"{n} on {name}" for name, n in unfinished.items() if n)
         return RolloutError(
-            f"generate: {unfinished.total()} of "
-            f"{unfinished.total() + self.num_finished} samples are missing after "
-            f"{self._settings.timeout_s:g} s (rollout.timeout_s): {missing or 'none of an engine'}"
+            f"generate: {draw.wanted - draw.finished} of {draw.wanted} samples are missing after "
+            f"{self._settings.timeout_s:g} s (rollout.timeout_s), waiting for "
+            f"{', '.join(draw.owing)}"
         )
 
     # ------------------------------------------------------------------ one group, one sample
 
     async def _group(self, prompt: Prompt, draw: _Draw) -> Group:
         draw.times_asked[prompt.uid] += 1
+        draw.wanted += draw.num_samples
         again = draw.times_asked[prompt.uid] - 1
         seed_parts = (draw.purpose, prompt.uid, *([f"again{again}"] if again else []))
         tasks = [
@@ -253,8 +273,10 @@ class RolloutManager:
             for task in tasks:
                 task.cancel()
         if self._rewards.scores_groups(prompt.reward):
-            verdicts = await self._rewards.grade_group(prompt, [s.text for s in samples])
+            with draw.being_graded(len(samples)):
+                verdicts = await self._rewards.grade_group(prompt, [s.text for s in samples])
             samples = [replace(s, verdict=v) for s, v in zip(samples, verdicts, strict=True)]
+        draw.finished_prompts += 1
         return Group(tuple(samples))
 
     async def _sample(
@@ -268,8 +290,8 @@ class RolloutManager:
                 if sample.verdict.valid:
                     break
                 draw.num_resampled += 1
+                draw.finished -= 1
                 sample = await self._attempt(prompt, (*seed_parts, f"retry{attempt}"), draw)
-        self.num_finished += 1
         return sample
 
     async def _attempt(
@@ -280,7 +302,8 @@ class RolloutManager:
         text = self._tokenizer.decode(completion.tokens)
         if self._rewards.scores_groups(prompt.reward):
             return Sample(prompt, completion, text, _NOT_YET)
-        return Sample(prompt, completion, text, await self._rewards.grade(prompt, text))
+        with draw.being_graded(1):
+            return Sample(prompt, completion, text, await self._rewards.grade(prompt, text))
 
     async def _complete(
         self, prompt: Prompt, sampling: Sampling, draw: _Draw, scored: tuple[int, ...] = ()
@@ -288,7 +311,7 @@ class RolloutManager:
         self._next_uid += 1
         request = Request(self._next_uid, prompt.tokens, sampling, scored)
         completion = await draw.dispatch.complete(request)
-        self._longest = max(self._longest, len(completion.tokens))
+        draw.longest = max(draw.longest, len(completion.tokens))
         return completion
 
     def _check(self, engine: Engine, request: Request, completion: Completion) -> None:

@@ -96,6 +96,12 @@ def prompts(tokenizer: ChatTokenizer) -> list[Prompt]:
 
 
 REWARDS = """
+import time
+
+def asleep(response, label):
+    time.sleep(60)
+    return 1.0
+
 def length(response, label):
     return float(len(response))
 
@@ -120,6 +126,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardWorkers]
         "often": RewardFunction(file=file, function="moody", options={"share": 0.5}),
         "never": RewardFunction(file=file, function="moody", options={"share": 1.0}),
         "rank": RewardFunction(file=file, function="rank"),
+        "asleep": RewardFunction(file=file, function="asleep"),
     }
     with RewardWorkers(functions, 1) as workers:
         yield workers
@@ -270,9 +277,29 @@ def test_a_routing_that_cannot_be_replayed_is_refused_at_the_first_answer(draw: 
 def test_the_deadline_names_the_engine_that_is_late(draw: Draw) -> None:
     slow = SeededEngine("slow")
     slow.stuck = True
-    with pytest.raises(RolloutError, match=r"12 of 24 samples are missing .*: 12 on slow"):
+    with pytest.raises(RolloutError, match=r"12 of 24 samples are missing .* for slow \(12\)$"):
         draw([SeededEngine("quick"), slow], timeout_s=1.5)
     assert slow.num_aborts == 1  # its requests are not left behind
+
+
+def told_of(manager: RolloutManager, prompts: Sequence[Prompt]) -> set[str]:
+    """All that it said of a rollout that does not come to an end; "" before and after."""
+    said: set[str] = set()
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.wait(0.02):
+            said.add(manager.progress())
+
+    assert manager.progress() == ""
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with pytest.raises(RolloutError):
+        manager.generate(Stream(prompts))
+    over.set()
+    listener.join()
+    assert manager.progress() == ""
+    return said
 
 
 def test_progress_tells_what_is_there_and_who_owes_the_rest(
@@ -283,23 +310,20 @@ def test_progress_tells_what_is_there_and_who_owes_the_rest(
     settings = replace(SETTINGS, timeout_s=3)
     manager = RolloutManager([SeededEngine("quick"), slow], rewards, tokenizer, settings)
     manager.version = 5
-    assert manager.progress() == ""
-    said: set[str] = set()
-    over = threading.Event()
-
-    def listen() -> None:
-        while not over.wait(0.02):
-            said.add(manager.progress())
-
-    listener = threading.Thread(target=listen)
-    listener.start()
-    with pytest.raises(RolloutError):
-        manager.generate(Stream(prompts))
-    over.set()
-    listener.join()
-    told = [text for text in said if text.startswith("12/24 answers, longest ")]
+    said = told_of(manager, prompts)
+    told = [text for text in said if text.startswith("3/6 prompts, 12/24 answers, longest ")]
     assert told and told[0].endswith(" tokens, waiting for slow (12)"), said
-    assert manager.progress() == ""
+
+
+def test_progress_names_rewards_that_do_not_come(
+    rewards: RewardWorkers, tokenizer: ChatTokenizer, prompts: list[Prompt]
+) -> None:
+    settings = replace(SETTINGS, timeout_s=3)
+    manager = RolloutManager([SeededEngine("quick")], rewards, tokenizer, settings)
+    manager.version = 5
+    last = replace(prompts[5], reward="asleep")
+    said = told_of(manager, [*prompts[:5], last])
+    assert "5/6 prompts, 20/24 answers, longest 4 tokens, waiting for rewards (4)" in said, said
 
 
 class ScoringEngine(SeededEngine):
