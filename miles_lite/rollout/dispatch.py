@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from miles_lite.protocols import Engine, EngineError
+from miles_lite.rollout.deal import deal
 from miles_lite.types import Completion, Request
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05  # between looks at whether engines are lost, slow, or idle
-TOGETHER = 8  # requests more than another that an engine may have, to read a prompt once
 FEW_ORDERS = 4  # of an engine: of fewer, slowness cannot be told from one long answer
 
 Check = Callable[[Engine, Request, Completion], None]  # raises EngineError
@@ -60,7 +60,7 @@ class Dispatch:
         """revive: brings engines back while no other is busy; None: the first loss is raised."""
         self.unfinished: Counter[str] = Counter()  # by engine
         self._shares = [_Share(engine) for engine in engines]
-        self._readers: dict[tuple[int, ...], _Share] = {}  # by prompt
+        self._new: list[_Order] = []  # of this turn of the event loop, dealt out after it
         self._check, self._revive = check, revive
         self._lost: dict[str, str] = {}  # why, by engine
         self._replaced: set[str] = set()  # engines that came back: they may be slow
@@ -72,16 +72,13 @@ class Dispatch:
         return [s.engine for s in self._shares if self.unfinished[s.engine.name] or _works(s)]
 
     async def complete(self, request: Request) -> Completion:
-        """The answer of one engine. Requests of one turn of the event loop are all assigned before
-        any is done. Raises EngineError when no engine can be brought back."""
-        share = self._share_for(request)
-        if not self.unfinished[share.engine.name]:
-            share.orders, share.began = [], time.monotonic()
-        order = _Order(request, asyncio.get_running_loop().create_future())
-        share.orders.append(order)
-        self.unfinished[share.engine.name] += 1
-        if not self._closed and share.engine.name not in self._lost:
-            self._ask(share, order)
+        """The answer of one engine. Requests of one turn of the event loop are dealt out together.
+        Raises EngineError when no engine can be brought back."""
+        loop = asyncio.get_running_loop()
+        order = _Order(request, loop.create_future())
+        if not self._new:
+            loop.call_soon(self._deal)
+        self._new.append(order)
         try:
             return await order.answer
         except asyncio.CancelledError:
@@ -89,18 +86,19 @@ class Dispatch:
                 order.call.cancel()
             raise
 
-    def _share_for(self, request: Request) -> _Share:
-        """The engine with the least load; but a prompt's samples go to the one that reads it
-        already, unless it is too far behind."""
-
-        def load(share: _Share) -> int:
-            return self.unfinished[share.engine.name]
-
-        least = min(self._shares, key=load)
-        reader = self._readers.setdefault(request.tokens, least)
-        if load(reader) >= load(least) + TOGETHER:
-            reader = self._readers[request.tokens] = least
-        return reader
+    def _deal(self) -> None:
+        orders = [order for order in self._new if not order.answer.cancelled()]
+        self._new = []
+        prompts = [order.request.tokens for order in orders]
+        loads = [self.unfinished[share.engine.name] for share in self._shares]
+        for order, taker in zip(orders, deal(prompts, [1] * len(orders), loads), strict=True):
+            share = self._shares[taker]
+            if not self.unfinished[share.engine.name]:
+                share.orders, share.began = [], time.monotonic()
+            share.orders.append(order)
+            self.unfinished[share.engine.name] += 1
+            if not self._closed and share.engine.name not in self._lost:
+                self._ask(share, order)
 
     def _ask(self, share: _Share, order: _Order) -> None:
         order.call = asyncio.ensure_future(self._answer(share, order))

@@ -31,6 +31,7 @@ import torch
 
 from miles_lite.algo.routing import RouterSizes
 from miles_lite.parallel import EngineDims
+from miles_lite.rollout.deal import deal
 from miles_lite.rollout.embedded.cache import Cache
 from miles_lite.rollout.embedded.comm import Comms, Store
 from miles_lite.rollout.embedded.model import Model, Step
@@ -49,7 +50,6 @@ Done = list[tuple[int, Completion]]  # uid and completion
 _read = functools.partial(unpickle, names=_NAMES, what="a message among ranks")
 
 ABORT, STOP = 1, 2
-TOGETHER = 8  # samples of a prompt by which a group may be ahead of the others
 
 
 @dataclass(slots=True)
@@ -80,24 +80,18 @@ class Load:
     group_of: dict[int, int]  # uid -> dp group
     cost_of: dict[int, int]  # uid -> tokens it may take
     total: list[int]  # of each dp group
-    reader_of: dict[tuple[int, ...], int] = field(default_factory=dict)  # prompt -> dp group
 
-    def assign(self, request: Request) -> int:
-        """The group with the least load; but samples of a prompt stay together, so that it is read
-        once, while that group is not too far ahead."""
-        cost = len(request.tokens) + request.sampling.max_new_tokens
-        least = min(range(len(self.total)), key=self.total.__getitem__)
-        group = self.reader_of.setdefault(request.tokens, least)
-        if self.total[group] >= self.total[least] + TOGETHER * cost:
-            group = self.reader_of[request.tokens] = least
-        self.group_of[request.uid], self.cost_of[request.uid] = group, cost
-        self.total[group] += cost
-        return group
+    def assign(self, requests: Sequence[Request]) -> list[int]:
+        """The group of each."""
+        costs = [len(one.tokens) + one.sampling.max_new_tokens for one in requests]
+        groups = deal([one.tokens for one in requests], costs, self.total)
+        for one, cost, group in zip(requests, costs, groups, strict=True):
+            self.group_of[one.uid], self.cost_of[one.uid] = group, cost
+            self.total[group] += cost
+        return groups
 
     def release(self, uid: int) -> None:
         self.total[self.group_of.pop(uid)] -= self.cost_of.pop(uid)
-        if not self.group_of:
-            self.reader_of.clear()
 
 
 class Server:
@@ -196,7 +190,7 @@ class Server:
         inbox = self._read_inbox() if self.rank == 0 else Inbox()
         with self._state:
             plan = self.scheduler.plan()
-        dealt = [(self._load.assign(request), request) for request in inbox.requests]
+        dealt = [*zip(self._load.assign(inbox.requests), inbox.requests, strict=True)]
         requests = pickle.dumps((dealt, inbox.cancelled))
         results = pickle.dumps(self._unsent)
         header = self._exchange(inbox, plan, len(requests), len(results))

@@ -86,12 +86,10 @@ def test_cancelled_requests_leave_no_holes():
 
 
 def test_a_group_reads_a_prompt_for_all_its_samples() -> None:
-    """Unless the others would have little to do."""
     load = Load({}, {}, [0, 0])
     asked = [Request(uid, (uid // 8,), GREEDY) for uid in range(32)]
-    assert [load.assign(one) for one in asked] == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    assert load.assign(asked) == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    assert load.total == [16 * (1 + GREEDY.max_new_tokens)] * 2
     for one in asked:
         load.release(one.uid)
-    assert load.total == [0, 0] and not load.reader_of
-    same = [load.assign(Request(uid, (7,), GREEDY)) for uid in range(32)]
-    assert same == ([0] * 8 + [1] * 16 + [0] * 8)
+    assert load.total == [0, 0] and not load.group_of and not load.cost_of
