@@ -20,6 +20,12 @@ def forward_flops(model: NemotronH, seq_len: int) -> int:
     return 2 * (per_token * seq_len + per_pair * pairs)
 
 
+def output_flops(model: NemotronH, num_tokens: int) -> int:
+    """Of the output layer for so many tokens: what `forward_flops` has too much of where only some
+    tokens are followed by one to predict."""
+    return 2 * model.hidden_size * model.vocab_size * num_tokens
+
+
 def train_flops(model: NemotronH, seq_len: int) -> int:
     """Of a log-prob pass and an update: the backward pass costs twice the forward one."""
     return 4 * forward_flops(model, seq_len)

@@ -14,7 +14,7 @@ from functools import partial
 from math import ceil, log2
 
 from miles_lite.algo.packing import PackSettings, pack
-from miles_lite.models.flops import forward_flops, train_flops
+from miles_lite.models.flops import forward_flops, output_flops, train_flops
 from miles_lite.planner.activations import recomputed
 from miles_lite.planner.memory import (
     Sizes,
@@ -232,10 +232,12 @@ def _score(sizes: Sizes, batch: Batch) -> PhaseTime:
 
 
 def _forward_floor(sizes: Sizes, batch: Batch) -> float:
-    """Of one forward pass over all samples: all devices at their peak, all the time."""
+    """Of one forward pass over all samples: all devices at their peak, all the time. The tokens of
+    prompts are not predicted."""
     linear, pairs = _polynomial(partial(forward_flops, sizes.model))
     lens = [len(s.tokens) for s in batch.sequences]
     flops = sum(linear * n + pairs * n * (n + 1) // 2 for n in lens)
+    flops -= output_flops(sizes.model, sum(s.prompt_len for s in batch.sequences))
     return flops / sizes.hardware.facts.flops / sizes.cfg.parallel.dims.world_size
 
 
@@ -340,7 +342,9 @@ def _generate(sizes: Sizes) -> PhaseTime:
         alive = at_once * sum(length > position for length in lens) / len(lens)
         read_bytes += longest / points * _decode_bytes(sizes, alive, position)
     read_bytes, steps = read_bytes * waves, longest * waves
-    prompts = forward_flops(sizes.model, _prompt_len(sizes)) * cfg.rollout.num_prompts
+    prompt_len = _prompt_len(sizes)
+    prompt = forward_flops(sizes.model, prompt_len) - output_flops(sizes.model, prompt_len - 1)
+    prompts = prompt * cfg.rollout.num_prompts
     speed = hardware.facts.flops * cfg.rollout.engine.num_engines * cfg.rollout.engine.tp
     out = _moved(sizes, weights=True)
     floor = read_bytes / hardware.facts.device_bytes_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from miles_lite.models.flops import forward_flops, train_flops
+from miles_lite.models.flops import forward_flops, output_flops, train_flops
 from miles_lite.models.nemotron_h import NemotronH
 
 TINY = Path(__file__).resolve().parents[2] / "configs/model/tiny/config.json"
@@ -130,6 +131,12 @@ def scan_flops(raw: dict[str, Any], seq_len: int) -> float:
 def test_as_many_as_in_transformers(raw: dict[str, Any], seq_len: int) -> None:
     expected = transformers_flops(raw, seq_len) + scan_flops(raw, seq_len)
     assert forward_flops(NemotronH.from_hf(raw), seq_len) == expected
+
+
+def test_the_output_layer_is_what_a_vocabulary_costs() -> None:
+    model = NemotronH.from_hf(tiny("M*"))
+    without = replace(model, vocab_size=0)
+    assert output_flops(model, 77) == forward_flops(model, 77) - forward_flops(without, 77)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from miles_lite import cli
 from miles_lite.compose import CONFIGS, compose
 from miles_lite.config import Config, ConfigError
-from miles_lite.models.flops import forward_flops, train_flops
+from miles_lite.models.flops import forward_flops, output_flops, train_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.planner import search
 from miles_lite.planner import time as seconds
@@ -157,7 +157,9 @@ def test_the_training_floor_is_all_devices_at_their_peak() -> None:
     found = make_plan(cfg, model, hardware).step
     (train,) = [phase for phase in found.phases if phase.phase == "train"]
     mean = found.num_tokens // cfg.rollout.num_samples
-    flops = 3 * cfg.rollout.num_samples * forward_flops(model, mean)
+    prompt_len = int(hardware.assumed.mean_prompt_tokens)
+    needed = forward_flops(model, mean) - output_flops(model, prompt_len)
+    flops = 3 * cfg.rollout.num_samples * needed
     assert train.floor_s > flops / (8 * 989e12)
     slower = replace(hardware, assumed=replace(hardware.assumed, train_mfu=0.125))
     (other,) = [p for p in make_plan(cfg, model, slower).step.phases if p.phase == "train"]

@@ -1,9 +1,11 @@
 """Tokens a second of the embedded engine against others that draw, in turns, on one core.
 
-    python tools/bench/rollout.py [--models tiny 10m 50m] [--batches 1 8 64] [--rounds 3]
+    python tools/bench/rollout.py [--models tiny 10m 50m] [--batches 1 8 16 64] [--rounds 3]
                                   [--sglang .venv-sglang/bin/python] [--json FILE]
 
-Against transformers' `generate`, and with --sglang against SGLang's server on a CPU. All draw at
+Against transformers' `generate`, and with --sglang against SGLang's server on a CPU, with the
+stand-ins in torch that this project has for its kernels of Mamba, experts and sampling, without
+which it has no Nemotron-H on a CPU (and without its cache of prefixes). All draw at
 temperature 1 and never end early, in fp32, after the same random prompts. "ragged" is 64 sequences
 of 8 to 64 tokens, where transformers decodes all of them to the last one's end. The roofline is the
 time it takes at least: of a decode step the bytes of the weights it reads (of the experts that many
@@ -29,13 +31,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import SIZES, folder_of
 
-from miles_lite.models.flops import forward_flops
+from miles_lite.models.flops import forward_flops, output_flops
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Phase
@@ -51,7 +54,7 @@ START_S = 300.0  # of SGLang
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
-    parser.add_argument("--batches", nargs="+", default=["1", "8", "64", RAGGED])
+    parser.add_argument("--batches", nargs="+", default=["1", "8", "16", "64", RAGGED])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--sglang", default="", help="an interpreter that has it")
@@ -65,33 +68,43 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for size in options.models:
             folder = folder_of(size, Path(scratch))
-            model, theirs = NemotronH.from_folder(folder), transformers_model(folder)
-            ours = engine(model, folder)
-            server = SGLang(folder, options.sglang) if options.sglang else None
-            for batch in options.batches:
-                lengths = response_lens(batch)
-                prompts = random_prompts(len(lengths))
-                times: dict[str, list[float]] = {"engine": [], "transformers": []}
-                draw(ours, prompts, lengths)  # warm
-                if server:
-                    times |= {"sglang": [], "engine_wall": []}
-                    server.draw(prompts, lengths)
-                for _ in range(options.rounds):
-                    times["engine"].append(timed(clock, draw, ours, prompts, lengths))
-                    times["transformers"].append(timed(clock, generate, theirs, prompts, lengths))
-                    if server:
-                        wall = time.perf_counter
-                        times["engine_wall"].append(timed(wall, draw, ours, prompts, lengths))
-                        times["sglang"].append(timed(wall, server.draw, prompts, lengths))
-                floor_s = roofline_s(model, lengths, bandwidth, peak)
-                row = {"model": size, "batch": batch, "tokens": sum(lengths), "floor_s": floor_s}
-                found.append(row | times)
-                print(line(found[-1]), flush=True)
-            ours.close()
-            if server:
-                server.close()
+            model = NemotronH.from_folder(folder)
+            with contextlib.ExitStack() as stack:
+                sides = Sides(
+                    stack.enter_context(contextlib.closing(engine(model, folder))),
+                    transformers_model(folder),
+                    stack.enter_context(contextlib.closing(SGLang(folder, options.sglang)))
+                    if options.sglang
+                    else None,
+                )
+                for batch in options.batches:
+                    lengths = response_lens(batch)
+                    times = measure(sides, lengths, options.rounds, clock)
+                    floor_s = roofline_s(model, lengths, bandwidth, peak)
+                    row = {"model": size, "batch": batch, "tokens": sum(lengths)}
+                    found.append(row | {"floor_s": floor_s} | times)
+                    print(line(found[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"load": os.getloadavg(), "rows": found}, indent=1))
+
+
+def measure(
+    sides: Sides, lengths: Sequence[int], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each side, in turns."""
+    prompts, wall = random_prompts(len(lengths)), time.perf_counter
+    times: dict[str, list[float]] = {"engine": [], "transformers": []}
+    draw(sides.engine, prompts, lengths)  # warm
+    if sides.sglang:
+        times |= {"sglang": [], "engine_wall": []}
+        sides.sglang.draw(prompts, lengths)
+    for _ in range(rounds):
+        times["engine"].append(timed(clock, draw, sides.engine, prompts, lengths))
+        times["transformers"].append(timed(clock, generate, sides.transformers, prompts, lengths))
+        if sides.sglang:
+            times["engine_wall"].append(timed(wall, draw, sides.engine, prompts, lengths))
+            times["sglang"].append(timed(wall, sides.sglang.draw, prompts, lengths))
+    return times
 
 
 def line(row: dict[str, Any]) -> str:
@@ -120,7 +133,14 @@ def random_prompts(num: int) -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(4, 128) for _ in range(PROMPT_LEN)) for _ in range(num)]
 
 
-# ------------------------------------------------------------------ the two sides
+# ------------------------------------------------------------------ the sides
+
+
+@dataclass(frozen=True)
+class Sides:
+    engine: EngineRank
+    transformers: Any
+    sglang: SGLang | None
 
 
 def engine(model: NemotronH, folder: Path) -> EngineRank:
@@ -186,9 +206,10 @@ class SGLang:
         )
         until = time.monotonic() + START_S
         while True:
-            if self._process.poll() is not None or time.monotonic() > until:
+            if (code := self._process.poll()) is not None or time.monotonic() > until:
                 self.close()
-                raise SystemExit(f"SGLang was not up within {START_S:g} s: {words}")
+                why = f"ended with {code}" if code is not None else f"not up within {START_S:g} s"
+                raise SystemExit(f"SGLang {why}: {' '.join(map(str, words))}")
             with contextlib.suppress(OSError):
                 self._call("/health_generate", None)
                 return
@@ -238,7 +259,9 @@ def measured_peak(clock: Callable[[], float], size: int = 1536) -> float:
 
 def roofline_s(model: NemotronH, lengths: Sequence[int], bandwidth: float, peak: float) -> float:
     """Seconds that the whole takes at least: the prompts by their operations, then step by step."""
-    total = forward_flops(model, PROMPT_LEN) * len(lengths) / peak
+    # of a prompt only the last token is followed by one that is drawn
+    prompt = forward_flops(model, PROMPT_LEN) - output_flops(model, PROMPT_LEN - 1)
+    total = prompt * len(lengths) / peak
     # one token at the end of a prompt: what a second one adds
     token_flops = forward_flops(model, PROMPT_LEN + 1) - forward_flops(model, PROMPT_LEN)
     for step in range(1, max(lengths)):

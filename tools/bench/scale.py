@@ -337,9 +337,10 @@ def simulate(
 def one_step(number: int, stages: Stages, cfg: Config, parts: Any, run: Run) -> None:
     """The loop of train.py, its stages timed. Needs no device."""
     trainer, rollout = parts.trainer, parts.rollout
-    with stages("phases"):
-        trainer.enter(Phase.generate)
-        rollout.enter(Phase.generate)
+    with stages("phases, three"):
+        for phase in (Phase.generate, Phase.train, Phase.sync):
+            trainer.enter(phase)
+            rollout.enter(phase)
     with stages("generate"):
         drawn = rollout.generate(parts.prompts)
     with stages("credit, metrics"):
@@ -352,9 +353,11 @@ def one_step(number: int, stages: Stages, cfg: Config, parts: Any, run: Run) -> 
         result = trainer.step(batch)
     with stages("sync"):
         trainer.send_weights(rollout, number + 1)
-    with stages("sample file"):
+    with stages("log, sample file"):
+        run.log(number, metrics | result.metrics)
         run.save_samples(number, drawn.groups, result, sequences)
-    with stages("save"):
+        run.settle()  # a run does so beside the next rollout
+    with stages("checkpoint"):
         watch = SignalWatch(10)
         resume.save(number + 1, run, parts, watch, sequences, metrics | result.metrics)
 
@@ -412,6 +415,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     for name in rows[0]["cpu_s"]:
         cells = [f"{row['cpu_s'][name]:.2f} ({row['wall_s'][name]:.2f})" for row in rows]
         print(f"{name:24}" + "".join(f"{cell:>22}" for cell in cells))
+    once = ("start", "plan the sync", "checkpoint")
+    for title, seconds in (
+        ("a step, no checkpoint", "cpu_s"),
+        ("the same, wall", "wall_s"),
+    ):
+        sums = [sum(s for name, s in row[seconds].items() if name not in once) for row in rows]
+        print(f"{title:24}" + "".join(f"{each:22.2f}" for each in sums))
     print(f"{'MB in a step':24}" + "".join(f"{sum(r['bytes'].values()) / 1e6:22.1f}" for r in rows))
     cells = [f"{row['bytes_per_token']:22.1f}" for row in rows]
     print(f"{'bytes a token':24}" + "".join(cells), flush=True)

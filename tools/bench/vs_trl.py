@@ -206,14 +206,14 @@ def watched(
 
 
 def used(tree: psutil.Process) -> tuple[float, float]:
-    """Seconds of CPU, and GB that no other process shares."""
+    """Seconds of CPU, and GB, of which each process that shares some counts its share."""
     cpu_s, num_bytes = 0.0, 0
     with contextlib.suppress(psutil.NoSuchProcess):  # it ended
         for process in [tree, *tree.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                times, memory = process.cpu_times(), process.memory_info()
+                times = process.cpu_times()
                 cpu_s += times.user + times.system
-                num_bytes += memory.rss - memory.shared
+                num_bytes += process.memory_full_info().pss
     return cpu_s, num_bytes / 1e9
 
 
