@@ -6,10 +6,10 @@ Neither direction ever holds more than the slice at hand.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -110,13 +110,13 @@ class HfWriter:
         fd = os.open(self._part / file, os.O_WRONLY)
         try:
             if dim == 0:
-                row_bytes = width * _product(shape[1:])
+                row_bytes = width * math.prod(shape[1:])
                 _write_all(fd, raw, base + start * row_bytes)
             else:
-                piece = values.shape[1] * width * _product(shape[2:])
-                row_bytes = width * _product(shape[1:])
+                piece = values.shape[1] * width * math.prod(shape[2:])
+                row_bytes = width * math.prod(shape[1:])
                 for row in range(shape[0]):
-                    at = base + row * row_bytes + start * width * _product(shape[2:])
+                    at = base + row * row_bytes + start * width * math.prod(shape[2:])
                     _write_all(fd, raw[row * piece : (row + 1) * piece], at)
         finally:
             os.close(fd)
@@ -152,18 +152,3 @@ def _read_head(path: Path) -> tuple[bytes, int]:
         prefix = file.read(8)
         (length,) = struct.unpack("<Q", prefix)
         return prefix + file.read(length), path.stat().st_size
-
-
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
-def missing_and_unknown(
-    checkpoint: HfCheckpoint, expected: Mapping[str, object]
-) -> tuple[list[str], list[str]]:
-    """Tensors expected but not there, and there but not expected."""
-    names = checkpoint.names()
-    return sorted(set(expected) - names), sorted(names - set(expected))

@@ -94,7 +94,7 @@ def test_scan_is_the_recurrence(chunk: int) -> None:
 def _logprobs(module: nn.Module, micro_batch: MicroBatch) -> Tensor:
     with torch.no_grad():
         inputs = forward.packed(micro_batch, 1, CPU)
-        return torch.stack(forward.token_logprobs(module, inputs, TEMPERATURE, CHUNK))
+        return forward.forward_step(module, inputs, TEMPERATURE, CHUNK)
 
 
 def _error(module: nn.Module, tiny: Tiny) -> float:

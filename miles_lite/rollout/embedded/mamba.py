@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Tokens of a chunk of the scan: near the cheapest for states of 16x16 to 64x128. It need not be the
+# model's chunk_size, on which results do not depend.
+SCAN_CHUNK = 32
+
 
 def conv_prefill(
     x_U_L_C: Tensor, lens_U: Tensor, weight: Tensor, bias: Tensor
@@ -40,12 +44,17 @@ def conv_decode(x_R_C: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> T
 
 
 def scan_prefill(
-    x: Tensor, dt: Tensor, A: Tensor, BC: tuple[Tensor, Tensor], chunk: int
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    BC: tuple[Tensor, Tensor],
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The state-space recurrence over prompts, chunk by chunk, from an empty state.
+    """The state-space recurrence over prompts, chunk by chunk, from `initial` or an empty state.
 
     x [U, L, h, p], dt [U, L, h] (0 at padding, which then leaves the state alone), A [h],
-    B and C [U, L, g, n]. Returns y [U, L, h, p] without the D term, and the state [U, g, n, c].
+    B and C [U, L, g, n]. Returns y [U, L, h, p] without the D term, and the state [U, h, p, n], as
+    which `initial` comes too.
     Within a chunk it is the quadratic form of the recurrence, between chunks the recurrence.
     """
     U, L, h, p = x.shape
@@ -54,11 +63,11 @@ def scan_prefill(
     x = (x.float() * dt[..., None]).view(U, L, g, r, p)
     B, C = BC[0].float(), BC[1].float()
     log_decay = (dt * A).view(U, L, g, r)
-    state = x.new_zeros(U, g, r, p, n)
+    state = x.new_zeros(U, g, r, p, n) if initial is None else initial.view(U, g, r, p, n)
     outputs = []
-    for start in range(0, L, chunk):
-        x_c, B_c, C_c = (t[:, start : start + chunk] for t in (x, B, C))
-        total = log_decay[:, start : start + chunk].cumsum(1)  # [U, q, g, r], inclusive
+    for start in range(0, L, SCAN_CHUNK):
+        x_c, B_c, C_c = (t[:, start : start + SCAN_CHUNK] for t in (x, B, C))
+        total = log_decay[:, start : start + SCAN_CHUNK].cumsum(1)  # [U, q, g, r], inclusive
         since = total.permute(0, 2, 3, 1)
         since = since[..., :, None] - since[..., None, :]  # [U, g, r, q, k]: from k to q
         future = torch.ones(since.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
@@ -71,8 +80,7 @@ def scan_prefill(
         state = state * total[:, -1].exp()[..., None, None] + torch.einsum(
             "ukgrp,ukgn->ugrpn", x_c * to_end, B_c
         )
-    state = state.permute(0, 1, 4, 2, 3).reshape(U, g, n, r * p)
-    return torch.cat(outputs, 1).view(U, L, h, p), state
+    return torch.cat(outputs, 1).view(U, L, h, p), state.flatten(1, 2)
 
 
 def scan_decode(

@@ -23,10 +23,6 @@ from miles_lite.rollout.embedded.experts import mix_experts, relu2, route
 from miles_lite.rollout.embedded.scheduler import Plan
 from miles_lite.rollout.layout import params
 
-# Tokens of a chunk of the scan: near the cheapest for states of 16x16 to 64x128. It need not be the
-# model's chunk_size, on which results do not depend.
-SCAN_CHUNK = 32
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -159,10 +155,10 @@ class Model:
             y = mamba.scan_decode(ssm, x, dt, A, (B, C))
         else:
             is_token = torch.arange(step.max_len, device=u.device) < step.lens[:, None]
-            y, state = mamba.scan_prefill(
-                x, dt[step.pad] * is_token[..., None], A, (B, C), SCAN_CHUNK
+            y, state = mamba.scan_prefill(x, dt[step.pad] * is_token[..., None], A, (B, C))
+            ssm.copy_(
+                state[step.source].unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3)
             )
-            ssm.copy_(state[step.source])
         y = (y + w("D")[:, None] * x.float()).flatten(-2)
         if step.pad is not None:
             y = y.flatten(0, 1)[step.unpad]

@@ -58,14 +58,6 @@ def packed(micro_batch: MicroBatch, multiple: int, device: torch.device) -> Pack
     )
 
 
-def token_logprobs(
-    model: nn.Module, inputs: PackedInputs, temperature: float, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy [N] of each response token; for a model of one pipeline stage."""
-    logprobs, entropy = forward_step(model, inputs, temperature, chunk)
-    return logprobs, entropy
-
-
 def forward_step(model: nn.Module, inputs: PackedInputs, temperature: float, chunk: int) -> Tensor:
     """What megatron's schedules want of a stage: hidden states [T, 1, H], or at the last stage the
     stacked log-probs and entropies [2, N] in fp32, equal on all its TP ranks.

@@ -45,6 +45,8 @@ class FusedAdam(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
+                # torch's fused step walks through all of them as they lie in memory
+                assert p.grad is not None and p.stride() == p.grad.stride(), "grads lie as params"
                 if not self.state[p]:
                     self.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
             update(

@@ -1,8 +1,8 @@
 """Mamba-2 in plain torch: SGLang takes its convolution, scan and state update from Triton or CUDA.
 
 The four functions have the signatures of SGLang's kernels, as far as Nemotron-H uses them: no
-speculative decoding, no states tracked inside a prompt. The scan is the recurrence as it is
-defined, token by token, in fp32, all prompts of a batch at once.
+speculative decoding, no states tracked inside a prompt. The scan is in fp32, all prompts of a batch
+at once.
 
 Shapes: T tokens of U requests laid end to end, L the longest of them, R requests in decoding,
 C convolved channels, w the width of the convolution, H heads of P channels, G groups of heads that
@@ -11,13 +11,14 @@ share B and C, N the state size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from miles_lite.rollout.embedded import mamba
 
 
 def conv_prefill(
@@ -99,18 +100,12 @@ def scan_prefill(
     def padded(t: Tensor) -> Tensor:
         return pad_sequence(list(t[0].float().split(lens.tolist())), batch_first=True)
 
-    x_U, B_U, C_U = padded(x), padded(B), padded(C)
-    dt_U = padded(dt)  # 0 at padding, which leaves the state alone
-    if initial_states is None:
-        state = x_U.new_zeros(len(lens), *x.shape[2:], B.shape[3])
-    else:
-        state = initial_states.float()
-    ys: list[Tensor] = []
-    for t in range(x_U.shape[1]):
-        state, y = _recur(state, x_U[:, t], dt_U[:, t], A_H.float(), (B_U[:, t], C_U[:, t]))
-        ys.append(y)
-    y = torch.stack(ys, 1) + x_U * D.float()[:, None]
-    out.copy_(y[_is_token(lens)][None])
+    initial = None if initial_states is None else initial_states.float()
+    # padding has a dt of 0, which leaves the state alone
+    y, state = mamba.scan_prefill(
+        padded(x), padded(dt), A_H.float(), (padded(B), padded(C)), initial
+    )
+    out.copy_(y[_is_token(lens)][None] + x.float() * D.float()[:, None])
     return None, state.to(state_dtype), None
 
 
@@ -134,20 +129,12 @@ def scan_decode(
     kept = slots >= 0
     dt_R_H = F.softplus(dt[:, :, 0].float() + dt_bias[:, 0].float())
     before = state[slots.clamp_min(0)].float()
-    BC = (B.float(), C.float())
-    after, y = _recur(before, x.float(), dt_R_H, A[:, 0, 0].float(), BC)
+    B, C = (t.float().repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (B, C))
+    decay = (dt_R_H * A[:, 0, 0].float()).exp()[..., None, None]
+    after = before.mul_(decay).addcmul_((dt_R_H[..., None] * x.float())[..., None], B[:, :, None])
     state[slots[kept]] = after[kept].to(state.dtype)
+    y = (after @ C[..., None])[..., 0]
     out.copy_(y + x.float() * D[:, :1].float())
-
-
-def _recur(
-    state: Tensor, x: Tensor, dt: Tensor, A_H: Tensor, BC: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """h' = exp(dt A) h + dt x B and y = C h', without the D term. state [R, H, P, N], dt [R, H]."""
-    B, C = (t.repeat_interleave(x.shape[1] // t.shape[1], 1)[:, :, None] for t in BC)
-    decay = (dt * A_H).exp()[..., None, None]
-    state = state * decay + (dt[..., None] * x)[..., None] * B
-    return state, (state * C).sum(-1)
 
 
 def _is_token(lens: Tensor) -> Tensor:

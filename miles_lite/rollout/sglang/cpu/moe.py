@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from miles_lite.rollout.embedded.experts import mix_experts
 
 
 def _patch_experts(module: Any) -> None:
@@ -19,14 +19,7 @@ def _patch_experts(module: Any) -> None:
         if config.activation != "relu2" or getattr(layer, "w13_weight_bias", None) is not None:
             return upstream(layer, x, topk_output, config)
         weights, ids, _ = topk_output
-        out = torch.zeros(x.shape, dtype=weights.dtype)
-        for expert in ids.unique().tolist():
-            if expert < 0:
-                continue
-            token, choice = (ids == expert).nonzero(as_tuple=True)
-            hidden = F.relu(F.linear(x[token], layer.w13_weight[expert])).square()
-            y = F.linear(hidden, layer.w2_weight[expert]).to(weights.dtype)
-            out.index_add_(0, token, y * weights[token, choice, None])
+        out = mix_experts(x, ids, weights, layer.w13_weight, layer.w2_weight, 0)
         if config.routed_scaling_factor is not None and (
             not layer.should_fuse_routed_scaling_factor_in_topk
         ):
