@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_docs import cli
-
-SMALL = ["rollout.num_prompts=8", "rollout.samples_per_prompt=4", "train.global_batch=16"]
+from tests.test_docs import SMALL, cli
 
 
 @pytest.fixture(scope="module")
