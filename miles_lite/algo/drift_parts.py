@@ -91,6 +91,8 @@ def suspect(metrics: Metrics) -> str:
     def part(name: str) -> float:
         return metrics.get(f"drift/{name}", math.nan)
 
+    if (versions := part("version_gap")) > 0:  # the other parts follow from that
+        return f"the engine's weights and the policy are {versions:g} versions apart"
     drift, within, beyond = map(
         part, ("decode_vs_trainer", "decode_vs_prefill", "prefill_vs_trainer")
     )

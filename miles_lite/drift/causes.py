@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_OF_THE_RUN = "weights or settings of the run's {}"
 KINDS = {
     "M": "Mamba: its time step, convolution or state",
     "E": "experts, equally chosen: their scaling factor, weights or sum",
@@ -53,6 +54,18 @@ class TensorGap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """An answer of the run: what its own engine and trainer said then, and what these two say."""
+
+    drift: float  # then, of the whole answer
+    engine: tuple[Tensor, Tensor]  # [N] then, and now in one prefill
+    trainer: tuple[Tensor, Tensor]  # [N] then, and now
+    step: int  # of the answer
+    same_weights: bool  # those of that step are the checkpoint's
+    alarm: float  # nats a token that were too many for the run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """All that was measured of one answer."""
 
@@ -69,7 +82,7 @@ class Evidence:
     num_tensors: int
     decode_flips: float  # share of (token, layer) routed otherwise in decoding and prefill
     version_gap: int  # trainer's version - engine's
-    saved: tuple[Tensor, Tensor] | None = None  # the run's engine log-probs, and a prefill's now
+    recorded: Recorded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +93,8 @@ class Cause:
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().mean())
+    """Infinite where a number is missing: NaN is neither above a limit nor below."""
+    return float((a.double() - b.double()).abs().mean().nan_to_num(nan=torch.inf))
 
 
 def attribute(seen: Evidence, rounding: Rounding) -> list[Cause]:
@@ -103,16 +117,44 @@ def attribute(seen: Evidence, rounding: Rounding) -> list[Cause]:
     if (size := gap(decoded, prefilled)) > rounding.nats:
         text = f"the engine's own prefill disagrees; {seen.decode_flips:.2%} of its routes flip"
         causes.append(Cause("decode against prefill", size, text))
-    if seen.saved is not None and (size := gap(*seen.saved)) > max(
-        rounding.nats, gap(decoded, prefilled) / rounding.explained
-    ):
-        text = "the run's engine had other log-probs than an engine with the checkpoint's weights"
-        causes.append(Cause("weights or settings of the run's engine", size, text))
+    if seen.recorded is not None:
+        causes += _of_the_run(seen, seen.recorded, rounding)
     if not (seen.tensors or seen.version_gap):
         causes += _kernels(seen, prefilled, trained, rounding)
     causes.sort(key=lambda cause: -cause.size)
     headline = gap(seen.decoded, seen.trained)
     return causes or [Cause("rounding", headline, "nothing differs by more than rounding")]
+
+
+def _of_the_run(seen: Evidence, run: Recorded, rounding: Rounding) -> list[Cause]:
+    """Engine and trainer here have the weights of one file: what was wrong between those of the run
+    is seen in what they recorded, and nowhere else."""
+
+    def far(size: float, here: float) -> bool:
+        return size > max(min(rounding.nats, run.alarm), here / rounding.explained)
+
+    engine, trainer = gap(*run.engine), gap(*run.trainer)
+    causes = []
+    if run.same_weights:
+        noise = gap(seen.decoded, seen.prefilled), gap(seen.packed, seen.trained)
+        sides = ("engine", engine, noise[0]), ("trainer", trainer, noise[1])
+        causes = [
+            Cause(_OF_THE_RUN.format(side), size, f"another {side} of the same weights disagrees")
+            for side, size, here in sides
+            if far(size, here)
+        ]
+    here = max(gap(seen.decoded, seen.trained), gap(run.engine[1], run.trainer[1]))
+    if causes or not far(run.drift, here):
+        return causes
+    text = (
+        f"they were {run.drift:.2g} apart in an answer of step {run.step}, here {here:.2g}; the "
+        f"log-probs of then are {engine:.2g} from this engine's, {trainer:.2g} from this trainer's"
+    )
+    # updates move both sides alike: what is much further off than the other was wrong by that much
+    name = "not reproduced: engine or trainer of the run"
+    if min(engine, trainer) < rounding.explained * max(engine, trainer):
+        name = _OF_THE_RUN.format("engine" if engine > trainer else "trainer")
+    return [Cause(name, run.drift, text)]
 
 
 def _distributions(seen: Evidence, rounding: Rounding) -> tuple[list[Cause], dict[str, Tensor]]:
@@ -159,7 +201,7 @@ def _kernels(seen: Evidence, prefilled: Tensor, trained: Tensor, rounding: Round
     is routed otherwise behind a layer that differs follows from that layer."""
     causes = []
     apart, left = gap(prefilled, trained), gap(prefilled, seen.replayed + trained - seen.trained)
-    first = next((x for x in seen.layers if x.mean > rounding.relative), None)
+    first = next((x for x in seen.layers if not x.mean <= rounding.relative), None)
     flipped = next((x for x in seen.layers if x.flips), None)
     if flipped and (first is None or flipped.layer <= first.layer):
         if apart - left > rounding.nats:

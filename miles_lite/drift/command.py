@@ -19,8 +19,8 @@ from miles_lite.checkpoints import Checkpoint
 from miles_lite.compose import build
 from miles_lite.config import Config
 from miles_lite.data.tokenizer import ChatTokenizer
-from miles_lite.drift.causes import ROUNDING, Cause, Evidence, attribute, gap
-from miles_lite.drift.examine import Sides, control, examine
+from miles_lite.drift.causes import ROUNDING, Cause, Evidence, Recorded, attribute, gap
+from miles_lite.drift.examine import Sides, control, examine, reread
 from miles_lite.log import say
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.parallel import EngineDims, ParallelDims
@@ -44,12 +44,25 @@ def run(words: Sequence[str]) -> None:
         description="Why engine and trainer differ, on one answer. Uses the embedded engine and "
         "one trainer rank, whatever the run used, so the model must fit one device twice.",
     )
-    parser.add_argument("run", help="folder of a run, RUN or RUN@STEP")
-    found = find_checkpoint(parser.parse_args(words).run)
+    parser.add_argument(
+        "run", help="folder of a run, RUN or RUN@STEP; else the newest with samples of its weights"
+    )
+    found = _checkpoint(parser.parse_args(words).run)
     folder = found.folder.parent.parent
     told = look(found, folder)
     (folder / "drift.json").write_text(json.dumps(told, indent=2) + "\n")
     say("\n".join(lines(told)))
+
+
+def _checkpoint(run: str) -> Checkpoint:
+    """Step N's weights drew the samples of step N: the last checkpoint of a run has none."""
+    names = [path.name for path in Path(run, "checkpoints").glob("step_*")]
+    names = [name for name in names if _samples(Path(run), name).is_file()]
+    return find_checkpoint(f"{run}@{max(names)}" if names else run)
+
+
+def _samples(folder: Path, step: str) -> Path:
+    return folder / "samples" / f"{step}.jsonl.gz"
 
 
 def look(found: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -71,25 +84,31 @@ def look(found: Checkpoint, folder: Path) -> dict[str, Any]:
             )
             evidence = examine(sides, prompt, sampling)
             answer = sample.tokens[:MAX_ANSWER]
-            again = sides.ask(prompt, replace(sampling, max_new_tokens=len(answer)), answer)
-            if sample.version == found.step:
-                both = torch.tensor(sample.logprobs[:MAX_ANSWER]), torch.tensor(again.logprobs)
-                evidence = replace(evidence, saved=both)
+            again, trained = reread(sides, prompt, answer, sampling, cfg.algo.routing_replay)
+            recorded = Recorded(
+                drift=_drift(sample),
+                engine=(torch.tensor(sample.logprobs[:MAX_ANSWER]), torch.tensor(again.logprobs)),
+                trainer=(torch.tensor(sample.trainer_logprobs[:MAX_ANSWER]), trained),
+                step=sample.step,
+                same_weights=sample.step == found.step,
+                alarm=cfg.alarms.drift,
+            )
+            evidence = replace(evidence, recorded=recorded)
             moved = control(sides, prompt, again)
     causes = attribute(evidence, ROUNDING[cfg.model.dtype])
     return _plain(evidence, causes, moved) | {"step": found.step, "prompt": sample.prompt_uid}
 
 
 def worst_sample(folder: Path, step: int) -> SampleRecord:
-    """The answer of the largest drift of a step, or of the last one before it that kept any."""
-    files = [folder / "samples" / f"step_{n:06d}.jsonl.gz" for n in range(step, -1, -1)]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise ValueError(f"{folder / 'samples'} has no samples up to step {step}: log.samples=true")
-    seen = [record for record in read_samples(file) if len(record.trainer_logprobs)]
-    if not seen:
-        raise ValueError(f"{file}: the trainer saw none of these samples")
-    return max(seen, key=_drift)
+    """The answer of the largest drift of a step, or of the last one before it that trained any."""
+    files = (_samples(folder, f"step_{n:06d}") for n in range(step, -1, -1))
+    for file in filter(Path.is_file, files):
+        if seen := [record for record in read_samples(file) if len(record.trainer_logprobs)]:
+            return max(seen, key=_drift)
+    raise ValueError(
+        f"{folder / 'samples'} has no samples up to step {step} that the trainer saw: they are "
+        "kept with log.samples=true"
+    )
 
 
 def _drift(record: SampleRecord) -> float:
@@ -144,8 +163,11 @@ def _plain(seen: Evidence, causes: Sequence[Cause], moved: tuple[int, float]) ->
         "trainer: packed against alone": gap(seen.packed, seen.trained),
         "mass cut by top-p and top-k": float(-seen.log_kept.mean()),
     }
-    if seen.saved is not None:
-        parts["run's engine against this one"] = gap(*seen.saved)
+    if run := seen.recorded:
+        parts["run's answer: engine and trainer"] = run.drift
+        parts["run's answer: the same here"] = gap(run.engine[1], run.trainer[1])
+        parts[f"run's engine of step {run.step}: now"] = gap(*run.engine)
+        parts[f"run's trainer of step {run.step}: now"] = gap(*run.trainer)
     return {
         "tokens": len(seen.decoded),
         "parts": parts,

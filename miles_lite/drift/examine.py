@@ -84,6 +84,19 @@ def examine(sides: Sides, prompt: Sequence[int], sampling: Sampling) -> Evidence
     )
 
 
+def reread(
+    sides: Sides, prompt: Sequence[int], answer: Sequence[int], sampling: Sampling, replayed: bool
+) -> tuple[Completion, Tensor]:
+    """An answer that was drawn before: as the engine's prefill has it, and the trainer's log-probs
+    [N], with the routes of that prefill if `replayed`."""
+    asked = replace(sampling, max_new_tokens=len(answer), wants_routing=True)
+    read = sides.ask(prompt, asked, answer)
+    sequence = as_sequence(prompt, read)
+    if not replayed:
+        return read, _scores(sides.worker, sequence)
+    return read, torch.tensor(sides.worker.look_inside(MicroBatch((sequence,), (1.0,)))[0])
+
+
 def control(sides: Sides, prompt: Sequence[int], answer: Completion) -> tuple[int, float]:
     """One update of a worker whose learning rate is 0: tensors that moved, and the largest change
     of the answer's log-probs. Anything but (0, 0) is a fault of the trainer."""

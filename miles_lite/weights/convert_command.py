@@ -86,8 +86,8 @@ def model_folder(model: str) -> Path:
 
 def find_checkpoint(run: str) -> Checkpoint:
     """Of RUN@STEP, or the last one of RUN; intact. Raises ValueError."""
-    folder, _, step = run.partition("@")
-    if Path(run).is_dir():  # whatever it is called
+    folder, _, step = run.rpartition("@")
+    if not folder or Path(run).is_dir():  # whatever it is called
         folder, step = run, ""
     checkpoints = Path(folder) / "checkpoints"
     tracker = checkpoints / "latest"

@@ -83,6 +83,8 @@ def test_what_truncation_and_temperature_make_of_it() -> None:
     assert "temperature 1" in suspect(metrics | {"drift/without_temperature": 0.05})
     assert "do not depend on" in suspect(metrics | {"drift/temperature": 0.0})
     assert "its own prefill" in suspect(metrics | {"drift/decode_vs_prefill": 0.6})
+    assert "3 versions apart" in suspect(metrics | {"drift/version_gap": 3.0})
+    assert "versions" not in suspect(metrics | {"drift/version_gap": 0.0})
     assert suspect({}) == ""
 
 

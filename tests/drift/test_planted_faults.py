@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from miles_lite.algo.drift_parts import drift_parts, suspect
 from miles_lite.config import AlgoConfig
-from miles_lite.drift.causes import ROUNDING, Cause, Evidence, attribute, gap
+from miles_lite.drift.causes import ROUNDING, Cause, Evidence, Recorded, attribute, gap
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import Metrics, Phase, Rescored
 from miles_lite.types import MicroBatch, Prompt, Sample, Sampling, Verdict
@@ -318,13 +319,49 @@ def test_what_a_top_p_costs_is_the_mass_it_leaves(found: dict[str, Any]) -> None
     )
 
 
-def test_a_run_that_had_other_log_probs_than_its_checkpoint_gives(found: dict[str, Any]) -> None:
+ENGINE, TRAINER = (f"weights or settings of the run's {side}" for side in ("engine", "trainer"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "trainer", "name", "changes"),
+    [
+        (0.0, 0.0, "rounding", {}),
+        (0.1, 0.0, ENGINE, {}),
+        (math.nan, 0.0, ENGINE, {}),
+        (0.0, 0.1, TRAINER, {}),
+        (2e-4, 0.0, "rounding", {"alarm": 0.05}),
+        (2e-4, 0.0, ENGINE, {"alarm": 1e-4}),
+        (0.0, 0.0, "not reproduced: engine or trainer of the run", {"drift": 0.5}),  # further on
+        # of the step before: an update lies between
+        (0.3, 0.3, "rounding", {"same_weights": False}),
+        (0.5, 0.01, ENGINE, {"same_weights": False}),
+        (0.01, 0.5, TRAINER, {"same_weights": False}),
+        (0.3, 0.4, "not reproduced: engine or trainer of the run", {"same_weights": False}),
+    ],
+)
+def test_what_a_run_recorded_is_held_against_its_checkpoint(
+    found: dict[str, Any], engine: float, trainer: float, name: str, changes: dict[str, Any]
+) -> None:
     """Its engine missed an update, then, or was set up otherwise: this one was not."""
     sound = found["nothing"].evidence
-    for shift, name in ((0.0, "rounding"), (0.1, "weights or settings of the run's engine")):
-        then = replace(sound, saved=(sound.prefilled + shift, sound.prefilled))
-        (cause,) = attribute(then, ROUNDING["fp32"])
-        assert cause.name == name
+    then = sound.prefilled + engine, sound.trained + trainer
+    run = Recorded(
+        drift=gap(*then),
+        engine=(then[0], sound.prefilled),
+        trainer=(then[1], sound.trained),
+        step=3,
+        same_weights=True,
+        alarm=0.05,
+    )
+    seen = replace(sound, recorded=replace(run, **changes))
+    assert [cause.name for cause in attribute(seen, ROUNDING["fp32"])] == [name]
+
+
+def test_a_number_that_is_none_is_no_rounding(found: dict[str, Any]) -> None:
+    sound = found["nothing"].evidence
+    broken = replace(sound, trained=sound.trained * math.nan)
+    causes = attribute(broken, ROUNDING["fp32"])
+    assert causes[0].size == math.inf and "rounding" not in [cause.name for cause in causes]
 
 
 def test_routes_that_flip_behind_a_wrong_layer_are_no_cause_of_their_own(
