@@ -36,6 +36,7 @@ class Wish:
     parts_reasoning: bool = True
     thinks: bool = False  # the prompt opens a think block
     thinking_budget: int | None = None
+    one_call: bool = False  # of a tool, and the answer is over
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # schema by name
 
 
@@ -72,7 +73,7 @@ class Choice:
         self._tokens = list(wish.tokens)
         self._stream = TextStream(tokenizer.decode)
         self._held = ""  # may be the beginning of a stop string
-        self._is_cut = False  # at a stop string
+        self._is_cut = False  # at a stop string, or behind the only call
         self._reasoning = Reasoning(wish.thinks) if wish.is_chat else None
         self._tools = ToolText(wish.tools) if wish.tools else None
         self._has_called = False
@@ -146,6 +147,8 @@ class Choice:
             text, calls = self._tools.feed(text)
             delta.calls += calls
             self._has_called = self._has_called or bool(calls)
+            if calls and self.wish.one_call:
+                self.finish, self._is_cut = "stop", True
         delta.text += text
 
     def _close(self, delta: Delta) -> None:
