@@ -73,7 +73,7 @@ class Choice:
         self._tokens = list(wish.tokens)
         self._stream = TextStream(tokenizer.decode)
         self._held = ""  # may be the beginning of a stop string
-        self._is_cut = False  # at a stop string, or behind the only call
+        self._is_cut = False  # at a stop string
         self._reasoning = Reasoning(wish.thinks) if wish.is_chat else None
         self._tools = ToolText(wish.tools) if wish.tools else None
         self._has_called = False
@@ -148,7 +148,7 @@ class Choice:
             delta.calls += calls
             self._has_called = self._has_called or bool(calls)
             if calls and self.wish.one_call:
-                self.finish, self._is_cut = "stop", True
+                self.finish = "stop"
         delta.text += text
 
     def _close(self, delta: Delta) -> None:

@@ -209,7 +209,7 @@ def _kinds(schema: Any, root: Mapping[str, Any]) -> Set[str]:
 
 
 def _looked_up(ref: str, root: Any) -> Any:
-    """ "#/$defs/Name" of a schema."""
+    """What a "#/$defs/Name" of a schema means."""
     for part in ref.split("/")[1:]:
         root = root.get(part) if isinstance(root, Mapping) else None
     return root

@@ -112,7 +112,7 @@ class PastCall(_Strict):
 
 
 class Message(_Strict):
-    ignored = ("annotations", "parsed")  # of a reply that is sent back
+    ignored = ("annotations",)  # of a reply that is sent back
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart], _one(lambda text: {"type": "text", "text": text})] = []

@@ -212,5 +212,7 @@ def test_the_template_sees_a_tool_as_the_client_gave_it(
 ) -> None:
     client, engine = served
     tool: Any = {"type": "function", "function": {"name": "look", "strict": True}}
-    chat(client, tools=[tool])
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": ""}}
+    chat(client, tools=[tool], messages=[*ASK, {"role": "assistant", "tool_calls": [call]}])
     assert '[{"type": "function", "function": {"name": "look"}}]' in engine.prompt
+    assert "assistant\na=look<|im_end|>" in engine.prompt  # no arguments are an empty object

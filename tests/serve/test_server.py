@@ -207,11 +207,7 @@ def test_thinking_ends_with_its_budget(client: openai.OpenAI) -> None:
     [
         ({"extra_body": {"min_seconds": 3}}, "min_seconds", "unknown parameter"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "leave it out or send 0"),
-        (
-            {"stream_options": {"include_obfuscation": True}},
-            "stream_options.incl",
-            "not served",
-        ),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.incl", "not served"),
         ({"max_completion_tokens": 3}, "max_tokens", "send one"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
