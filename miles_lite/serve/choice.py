@@ -36,6 +36,7 @@ class Wish:
     parts_reasoning: bool = True
     thinks: bool = False  # the prompt opens a think block
     thinking_budget: int | None = None
+    one_call: bool = False  # of a tool, and the answer is over
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # schema by name
 
 
@@ -146,6 +147,8 @@ class Choice:
             text, calls = self._tools.feed(text)
             delta.calls += calls
             self._has_called = self._has_called or bool(calls)
+            if calls and self.wish.one_call:
+                self.finish = "stop"
         delta.text += text
 
     def _close(self, delta: Delta) -> None:

@@ -43,8 +43,7 @@ class Form:
             logprobs = self._logprobs(drawn) if choice.wish.wants_logprobs else None
             body = {"index": choice.index, "finish_reason": choice.finish, "logprobs": logprobs}
             if self.is_chat:
-                # no text is "" only where there is nothing else
-                empty = None if all_of_it.calls or all_of_it.reasoning else ""
+                empty = None if all_of_it.calls else ""
                 message = {"role": "assistant", "content": empty, "refusal": None}
                 body["message"] = message | _fields(all_of_it)
             else:

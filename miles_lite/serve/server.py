@@ -165,7 +165,8 @@ def chat_wish(served: Served, ask: ChatAsk) -> Wish:
                 400, f"the chat template of this model has no setting {name!r}",
                 f"chat_template_kwargs.{name}", "unknown_parameter",
             )  # fmt: skip
-    tools = [tool.model_dump() for tool in ask.tools] if ask.tool_choice == "auto" else []
+    offered = ask.tools if ask.tool_choice == "auto" else []
+    tools = [tool.model_dump(exclude_unset=True) for tool in offered]
     messages = [_for_template(message) for message in ask.messages]
     text = _render(served, messages, ask.chat_template_kwargs, tools)
     if tools and text == _render(served, messages, ask.chat_template_kwargs, []):
@@ -173,7 +174,8 @@ def chat_wish(served: Served, ask: ChatAsk) -> Wish:
             400, "the chat template of this model shows it no tools", "tools",
             "unsupported_parameter",
         )  # fmt: skip
-    if ask.max_tokens and ask.max_completion_tokens:
+    limits = {ask.max_tokens, ask.max_completion_tokens} - {None}
+    if len(limits) > 1:
         raise ApiError(
             400, "max_tokens and max_completion_tokens are the same: send one", "max_tokens"
         )
@@ -189,7 +191,8 @@ def chat_wish(served: Served, ask: ChatAsk) -> Wish:
         parts_reasoning=ask.separate_reasoning,
         thinks=thinking is Thinking.opened,
         thinking_budget=ask.thinking_budget,
-        tools={tool.function.name: tool.function.parameters for tool in ask.tools if tools},
+        one_call=not ask.parallel_tool_calls,
+        tools={tool.function.name: tool.function.parameters for tool in offered},
     )
     wish = replace(wish, sampling=replace(wish.sampling, top_logprobs=ask.top_logprobs))
     return _fitted(served, wish, "messages")
@@ -228,11 +231,11 @@ def _for_template(message: Message) -> dict[str, Any]:
     """As chat templates want it: content as text, arguments as an object."""
     plain = {name: value for name, value in message.model_dump().items() if value}
     plain["role"] = "system" if message.role == "developer" else message.role
-    parts = message.content
-    plain["content"] = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+    plain["content"] = "".join(part.text for part in message.content)
     for call in plain.get("tool_calls", []):
+        function, given = call["function"], call["function"]["arguments"]
         with contextlib.suppress(ValueError):  # else as text
-            call["function"]["arguments"] = parse_json(call["function"]["arguments"], "arguments")
+            function["arguments"] = parse_json(given or "{}", "arguments")
     return plain
 
 

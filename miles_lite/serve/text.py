@@ -5,9 +5,10 @@ Whatever arrives in pieces gives the same, joined, as if it had arrived at once.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL
 )
+_KINDS = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
 _PARTIAL = "\ufffd"  # what a tokenizer decodes an unfinished character to
 
 
@@ -166,23 +168,67 @@ def parse_call(text: str, tools: Mapping[str, Mapping[str, Any]]) -> ToolCall | 
     types = tools[name].get("properties")
     types = types if isinstance(types, Mapping) else {}
     values = {
-        key.strip(): _typed(value, types.get(key.strip()))
+        key.strip(): _typed(value, _kinds(types.get(key.strip()), tools[name]))
         for key, value in _PARAMETER.findall(match[2].strip())
     }
     return ToolCall(name, json.dumps(values, ensure_ascii=False))
 
 
-def _typed(text: str, schema: Any) -> Any:
-    """A parameter's value: text where the schema says so, else JSON if it is any."""
+def _typed(text: str, kinds: Set[str]) -> Any:
+    """A parameter's value: text where the schema allows text, else JSON if it is any."""
     text = text.removeprefix("\n").removesuffix("\n")
-    if isinstance(schema, Mapping) and schema.get("type") == "string":
-        return text
-    for spelt in (text, text.lower().replace("none", "null")):  # models write Python's True, None
+    value = _read(text)
+    is_meant = _kind(value) in kinds & {"null", "array", "object"}  # what hardly is meant as text
+    return text if "string" in kinds and not is_meant else value
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "number")
+
+
+def _kinds(schema: Any, root: Mapping[str, Any]) -> Set[str]:
+    """JSON types that the schema of a parameter names; none if it leaves them open. Refs are looked
+    up in `root`. Schemas are a client's: one may refer to itself, or be anything else."""
+    kinds, seen, todo = set[str](), set[int](), [schema]
+    while todo:
+        one = todo.pop()
+        if not isinstance(one, Mapping) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        for name, value in one.items():
+            values = value if isinstance(value, list) else [value]
+            if name == "type":
+                kinds |= {kind for kind in values if isinstance(kind, str)}
+            elif name in ("enum", "const"):
+                kinds |= set(map(_kind, values))
+            elif name in ("anyOf", "oneOf", "allOf"):
+                todo += values
+            elif name == "$ref" and isinstance(value, str):
+                todo.append(_looked_up(value, root))
+    return kinds
+
+
+def _looked_up(ref: str, root: Any) -> Any:
+    """What a "#/$defs/Name" of a schema means."""
+    for part in ref.split("/")[1:]:
+        root = root.get(part) if isinstance(root, Mapping) else None
+    return root
+
+
+def _read(text: str) -> Any:
+    """The value that a text spells in JSON, or in Python as models do too. Else the text; also if
+    no client could read the value, such as NaN or half of a surrogate pair."""
+    for read in (json.loads, _python):
         try:
-            value = parse_json(spelt, "a parameter")
-            # what no client could read, such as NaN or half of a surrogate pair, stays text
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-            return value
-        except ValueError:
+            spelt = json.dumps(read(text), ensure_ascii=False, allow_nan=False)
+            spelt.encode()
+            return parse_json(spelt, "a parameter")
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return text
+
+
+def _python(text: str) -> Any:
+    if text.strip() in ("True", "False", "None") or text.lstrip().startswith(("[", "{")):
+        return ast.literal_eval(text.strip())
+    raise ValueError("left to be text, such as 0x10")

@@ -6,10 +6,11 @@ we have not may be sent with the value that means "off".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from miles_lite.log import printable
@@ -18,23 +19,6 @@ MAX_CHOICES = 128
 MAX_ANSWERS = 1024  # of one request, to all of its prompts
 MAX_TOP_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of /v1/completions
-
-# parameters that are not served -> values that ask for nothing; null always asks for nothing
-_OFF: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "parallel_tool_calls": (True,),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "echo": (False,),
-    "best_of": (1,),
-    "suffix": ("",),
-}
-# for OpenAI's books only
-_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
 class ApiError(Exception):
@@ -62,9 +46,8 @@ def error_of(faults: list[Any]) -> ApiError:
     fault = faults[0]
     if fault["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="json_invalid")
-    param = ".".join(printable(str(part)) for part in fault["loc"][1:])
-    if "param" in fault.get("ctx", {}):
-        param = fault["ctx"]["param"]
+    named = [fault["ctx"]["param"]] if "param" in fault.get("ctx", {}) else []
+    param = ".".join(printable(str(part)) for part in [*fault["loc"][1:], *named])
     if fault["type"] == "extra_forbidden":
         return ApiError(400, f"unknown parameter: {param!r}", param, "unknown_parameter")
     code = fault["type"] if fault["type"].startswith("unsupported") else "invalid_value"
@@ -74,37 +57,65 @@ def error_of(faults: list[Any]) -> ApiError:
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    # parameters that are not served -> values that ask for nothing; null always asks for nothing
+    off: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    # what asks nothing of us, whatever it is
+    ignored: ClassVar[tuple[str, ...]] = ()
+
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, raw: Any) -> Any:
+    def _served(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        return {name: value for name, value in raw.items() if value is not None}
+        kept = {n: v for n, v in raw.items() if v is not None and n not in cls.ignored}
+        for name, values in cls.off.items():
+            if name in kept and kept.pop(name) not in values:
+                raise PydanticCustomError(
+                    "unsupported_parameter",
+                    "not served here; leave it out or send {off}",
+                    {"param": name, "off": json.dumps(values[0])},
+                )
+        return kept
 
 
 class StreamOptions(_Strict):
+    off = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
 
 
+def _one(make: Callable[[str], Any]) -> BeforeValidator:
+    """A text may stand for a list of one."""
+    return BeforeValidator(lambda raw: [make(raw)] if isinstance(raw, str) else raw)
+
+
 class TextPart(_Strict):
+    ignored = ("prompt_cache_breakpoint",)
+
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(_Strict):
+    ignored = ("parsed_arguments",)  # the client's own
+
     name: str
     arguments: str
 
 
 class PastCall(_Strict):
+    ignored = ("index",)  # of a stream
+
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class Message(_Strict):
+    ignored = ("annotations",)  # of a reply that is sent back
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: Annotated[list[TextPart], _one(lambda text: {"type": "text", "text": text})] = []
     name: str = ""
     reasoning_content: str = ""
     tool_calls: list[PastCall] = []
@@ -112,6 +123,8 @@ class Message(_Strict):
 
 
 class Function(_Strict):
+    ignored = ("strict",)  # nothing is promised of the arguments
+
     name: str
     description: str = ""
     parameters: dict[str, Any] = {}
@@ -123,6 +136,32 @@ class Tool(_Strict):
 
 
 class _Ask(_Strict):
+    off = {
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "response_format": ({"type": "text"},),
+        "functions": ([],),
+        "function_call": ("auto", "none"),
+        "modalities": (["text"],),
+        "verbosity": ("medium",),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "echo": (False,),
+        "best_of": (1,),
+        "suffix": ("",),
+        # SGLang's and vLLM's
+        "min_p": (0,),
+        "min_tokens": (0,),
+        "repetition_penalty": (1,),
+        "stop_token_ids": ([],),
+    }
+    # for OpenAI's books only
+    ignored = (
+        "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention",
+    )  # fmt: skip
+
     model: str
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -133,25 +172,8 @@ class _Ask(_Strict):
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: list[Annotated[str, Field(min_length=1)]] = Field([], max_length=16)  # or one string
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], _one(str)] = Field([], max_length=16)
     max_tokens: int | None = Field(None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _served(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        for name, off in _OFF.items():
-            if raw.get(name) is not None and raw[name] not in off:
-                raise PydanticCustomError(
-                    "unsupported_parameter",
-                    "not served here; leave it out or send {off}",
-                    {"param": name, "off": repr(off[0])},
-                )
-        kept = {n: value for n, value in raw.items() if n not in _OFF and n not in _IGNORED}
-        if isinstance(kept.get("stop"), str):
-            kept["stop"] = [kept["stop"]]
-        return kept
 
 
 class ChatAsk(_Ask):
@@ -161,6 +183,7 @@ class ChatAsk(_Ask):
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Tool] = []
     tool_choice: Literal["auto", "none"] = "auto"
+    parallel_tool_calls: bool = True
     # as SGLang has them
     chat_template_kwargs: dict[str, Any] = {}
     separate_reasoning: bool = True

@@ -184,6 +184,7 @@ def test_stop_and_length(client: openai.OpenAI) -> None:
     assert cut.finish_reason == "stop"
     short = chat(client, max_tokens=3)
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3)
+    assert short.choices[0].message.content == ""  # it still thinks
 
 
 def test_thinking_ends_with_its_budget(client: openai.OpenAI) -> None:
@@ -204,7 +205,15 @@ def test_thinking_ends_with_its_budget(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("changes", "param", "told"),
     [
-        ({"extra_body": {"min_tokens": 3}}, "min_tokens", "unknown parameter"),
+        ({"extra_body": {"min_seconds": 3}}, "min_seconds", "unknown parameter"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p", "leave it out or send 0"),
+        ({"stream_options": {"include_obfuscation": True}}, "stream_options.incl", "not served"),
+        ({"max_completion_tokens": 3}, "max_tokens", "send one"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0.type",
+            "should be 'text'",
+        ),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not served"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 1999}, "messages", "is 2000 tokens; you asked for 2018: 19 of the prompt"),
@@ -247,7 +256,14 @@ def test_settings_of_the_template_and_parts_of_text(client: openai.OpenAI) -> No
 
 
 def test_what_asks_for_nothing_is_taken(client: openai.OpenAI) -> None:
-    answer = chat(client, frequency_penalty=0, logit_bias={}, user="me", stop=None)
+    off: Any = {
+        "frequency_penalty": 0, "logit_bias": {}, "user": "me", "stop": None, "store": False,
+        "tool_choice": "auto", "parallel_tool_calls": False, "response_format": {"type": "text"},
+        "function_call": "none", "functions": [], "verbosity": "medium", "modalities": ["text"],
+        "stream_options": {"include_obfuscation": False}, "max_completion_tokens": 60,
+    }  # fmt: skip
+    others = {"min_p": 0, "repetition_penalty": 1.0, "min_tokens": 0, "stop_token_ids": []}
+    answer = chat(client, **off, extra_body=others)
     assert answer.choices[0].message == chat(client).choices[0].message
 
 

@@ -123,8 +123,57 @@ def test_values_follow_the_schema() -> None:
     }
 
 
+TEXT, NULL, LIST = {"type": "string"}, {"type": "null"}, {"type": "array"}
+DEFS = {"Color": {"enum": ["1", "true"]}, "Loop": {"$ref": "#/$defs/Loop"}}
+
+
 @pytest.mark.parametrize(
-    "value", ["[" * 100_000, "[" * 500 + "]" * 500, "NaN", "-Infinity", '"\\ud800"', "9" * 5000]
+    ("schema", "text", "value"),
+    [
+        # text, wherever it may be text
+        ({"anyOf": [TEXT, NULL]}, "12345", "12345"),
+        ({"type": ["string", "null"]}, "true", "true"),
+        ({"oneOf": [{"type": "integer"}, TEXT]}, "1", "1"),
+        ({"enum": ["1", "2"]}, "2", "2"),
+        ({"const": "True"}, "True", "True"),
+        ({"$ref": "#/$defs/Color"}, "true", "true"),
+        ({"anyOf": [{"allOf": [{"$ref": "#/$defs/Color"}]}, NULL]}, "1", "1"),
+        (TEXT, "null", "null"),
+        (TEXT, "['a']", "['a']"),
+        # but for what hardly is meant as text
+        ({"anyOf": [TEXT, NULL]}, "None", None),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [TEXT, LIST]}, "['a', \"b\"]", ["a", "b"]),
+        # as the model wrote it
+        ({}, "{'City': 'New None', \"Metric\": True}", {"City": "New None", "Metric": True}),
+        (LIST, "('a',)", "('a',)"),
+        ({"enum": [1, 2]}, "2", 2),
+        ({"type": "number"}, "True", True),
+        ({}, "0x10", "0x10"),
+        ({}, "'quoted'", "'quoted'"),
+        # what says nothing
+        ({"$ref": "#/$defs/Loop"}, "1", 1),
+        ({"$ref": "#/$defs/None/of/these"}, "1", 1),
+        ({"type": [["string"]], "anyOf": 3, "$ref": []}, "1", 1),
+    ],
+)
+def test_a_value_is_text_where_it_may_be(schema: Any, text: str, value: Any) -> None:
+    tools = {"f": {"$defs": DEFS, "properties": {"x": schema}}}
+    call = parse_call(f"<function=f><parameter=x>\n{text}\n</parameter></function>", tools)
+    assert call is not None
+    assert json.loads(call.arguments) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("[" * 100_000, "[" * 500 + "]" * 500, "[" * 150 + "]" * 150),
+        *("NaN", "-Infinity", '"\\ud800"', "9" * 5000),
+        # no JSON, and as Python too much, or nothing that JSON knows
+        *("[" + "-" * 100_000 + "1]", "[" + "1+" * 100_000 + "1]", "[" + "not " * 50_000 + "1]"),
+        *("[" + "1 if 1 else " * 50_000 + "1]", "[" + "(" * 100_000, "[a" + ".a" * 100_000 + "]"),
+        *("{1, 2}", "{(1, 2): 3}", "[b'x']", "[1j]", "[1e999]", "['\\ud800']", "[x for x in 'a']"),
+    ],
 )
 @pytest.mark.parametrize("schema", [{}, {"properties": [1]}, {"properties": {"x": [[1]]}}])
 def test_what_no_client_can_read_stays_text(value: str, schema: dict[str, Any]) -> None:
