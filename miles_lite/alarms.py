@@ -16,6 +16,7 @@ from typing import Literal
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
 from miles_lite.algo.drift_parts import suspect
+from miles_lite.algo.marks import wanted_marks
 from miles_lite.config import Config
 from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
@@ -34,13 +35,6 @@ MEMORY_GROWTH = 1.1  # latest steps against the first ones, and
 SMALL_BYTES = 64 << 20  # no growth of memory that is less
 SMALL_DRIFT = 1e-4  # nats a token; no trend below
 SMALL_S = 1.0  # a phase shorter than that is in time
-# The mark in an answer without which a reward of ours gives nothing.
-MARKS = {
-    "deepscaler": "boxed",
-    "math": "boxed",
-    "brevity": "boxed",
-    "dapo_math": "answer",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +54,13 @@ class Limits:
     """What the alarms of a run depend on besides its metrics."""
 
     config: AlarmConfig
-    mark: str  # in an answer, without which the reward gives nothing: of rollout/marker/*; or ""
+    marks: Mapping[str, str]  # that its rewards look for: of rollout/wanted_marks/*
 
     @classmethod
     def of(cls, cfg: Config) -> Limits:
-        strict = bool(cfg.reward.options.get("strict"))  # dapo_math then reads a box
-        return cls(cfg.alarms, "boxed" if strict else MARKS.get(cfg.reward.function, ""))
+        wanted = wanted_marks(cfg.reward)
+        words = {k or "own": ", ".join(m.name for m in marks) for k, marks in wanted.items()}
+        return cls(cfg.alarms, words)
 
 
 class Seen:
@@ -100,35 +95,38 @@ Rule = Callable[[Seen, "Limits"], str]  # what is the matter, or ""
 
 
 def _dead(seen: Seen, limits: Limits) -> str:
-    taught = 1 - seen("rollout/zero_advantage_ratio") - seen("rollout/not_counted_ratio")
-    if not taught < 1e-9:
+    if seen("rollout/taught_ratio") != 0:
         return ""
     marks = [name for name in seen.latest[-1] if name.startswith("rollout/marker/")]
     shares = ", ".join(f"{seen(name):.0%} with {name.rpartition('/')[2]}" for name in sorted(marks))
     return (
-        f"no answer has an advantage: mean reward {seen('rollout/raw_reward'):.3g}, "
+        "no reward tells an answer to be better than another: mean reward "
+        f"{seen('rollout/raw_reward'):.3g}, "
         f"{seen('rollout/truncated_ratio'):.0%} cut at the length limit, "
         f"{seen('reward/invalid_ratio'):.0%} without verdict, {shares}"
     )
 
 
 def _zero_std(seen: Seen, limits: Limits) -> str:
-    share = seen("rollout/zero_advantage_ratio")
+    share = 1 - seen("rollout/taught_ratio") - seen("rollout/not_counted_ratio")
     if not share > limits.config.zero_advantage or _dead(seen, limits):  # which says enough
         return ""
     hard = seen("rollout/zero_std/all_zero_percentage")
     easy = seen("rollout/zero_std/all_one_percentage")
     return (
-        f"{share:.0%} of the answers teach nothing, as all of their group score the same "
+        f"{share:.0%} of the answers teach nothing, as their reward is that of all their group "
         f"({hard:.0%} of the groups all 0, {easy:.0%} all 1)"
     )
 
 
 def _marker(seen: Seen, limits: Limits) -> str:
-    share = seen(f"rollout/marker/{limits.mark}")
-    if not share < FEW_MARKS:
-        return ""
-    return f"{share:.0%} of the answers have the mark that the reward looks for ({limits.mark})"
+    told = [
+        f"{seen(name):.0%} of the answers have what the reward{of} looks for ({mark})"
+        for reward, mark in limits.marks.items()
+        if seen(name := f"rollout/wanted_marks/{reward}") < FEW_MARKS
+        for of in ("" if reward == "own" else f" {reward}",)
+    ]
+    return "; ".join(told)
 
 
 def _truncated(seen: Seen, limits: Limits) -> str:

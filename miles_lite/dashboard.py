@@ -14,6 +14,7 @@ PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Reward": {
         "reward": ["rollout/raw_reward"],
         "what teaches": [
+            "rollout/taught_ratio",
             "rollout/zero_advantage_ratio",
             "rollout/zero_std/all_zero_percentage",
             "rollout/zero_std/all_one_percentage",

@@ -52,7 +52,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         rescored = rollout.rescore(list(probed.values()))
         sequences = to_sequences(drawn.groups, parts.credit)
         batch = pack(sequences, parts.packing)
-        metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences)
+        metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences, parts.credit)
         metrics |= packing_metrics(batch, parts.packing)
 
         console.phase("train")
@@ -78,7 +78,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if cfg.log.samples:
             run.save_samples(step, drawn.groups, result, sequences)
         console.step(step, metrics)
-        watch.look(drawn.groups, sequences)
+        watch.look(drawn.groups, metrics)
         resume.complete(run, parts)  # what an earlier step began
         if run.checkpoint_due(step + 1) or stop.asked or step + 1 == cfg.train.num_steps:
             console.phase("save")

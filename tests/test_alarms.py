@@ -16,17 +16,19 @@ from miles_lite.compose import compose
 from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
 
-LIMITS = Limits(AlarmConfig(), mark="boxed")
+LIMITS = Limits(AlarmConfig(), marks={"own": "\\boxed", "service": "####"})
 
 SOUND: Metrics = {
     "rollout/raw_reward": 0.5,
-    "rollout/zero_advantage_ratio": 0.2,
+    "rollout/taught_ratio": 0.8,
     "rollout/not_counted_ratio": 0.0,
     "rollout/truncated_ratio": 0.1,
     "rollout/zero_std/all_zero_percentage": 0.1,
     "rollout/zero_std/all_one_percentage": 0.1,
     "rollout/marker/boxed": 0.9,
     "rollout/marker/answer": 0.0,
+    "rollout/wanted_marks/own": 0.9,
+    "rollout/wanted_marks/service": 0.9,
     "reward/invalid_ratio": 0.0,
     ABS_DIFF: 0.004,
     "train/nonfinite_logprobs": 0.0,
@@ -42,11 +44,14 @@ SOUND: Metrics = {
 
 TROUBLE: dict[AlarmName, tuple[Metrics, str]] = {
     "no_signal": (
-        {"rollout/zero_advantage_ratio": 0.9, "rollout/not_counted_ratio": 0.1},
+        {"rollout/taught_ratio": 0.0, "rollout/not_counted_ratio": 0.1},
         "mean reward 0.5, 10% cut .* 0% with answer, 90% with boxed",
     ),
-    "zero_std": ({"rollout/zero_advantage_ratio": 0.85}, r"85% .* \(10% of the groups all 0"),
-    "marker_missing": ({"rollout/marker/boxed": 0.02}, r"2% .*\(boxed\)"),
+    "zero_std": ({"rollout/taught_ratio": 0.15}, r"85% .* \(10% of the groups all 0"),
+    "marker_missing": (
+        {"rollout/wanted_marks/service": 0.02},
+        r"^2% .* the reward service looks for \(####\)$",
+    ),
     "truncated": ({"rollout/truncated_ratio": 0.6}, "60% .* cut"),
     "invalid": (
         {"reward/invalid_ratio": 0.2, "reward/invalid/timeout": 0.2},
@@ -130,7 +135,7 @@ def test_a_resumed_run_says_what_the_undisturbed_one_does(
 def test_only_chosen_alarms_are_fatal() -> None:
     cut = SOUND | TROUBLE["truncated"][0]
     for stop in ((), ("drift",), ("truncated",)):
-        alarms = Alarms(Limits(AlarmConfig(stop=stop), ""), {0: cut})
+        alarms = Alarms(Limits(AlarmConfig(stop=stop), {}), {0: cut})
         assert alarms.fatal is None  # somebody started it again
         alarms.look(1, cut)
         assert (alarms.fatal is not None) == (stop == ("truncated",))
@@ -139,12 +144,8 @@ def test_only_chosen_alarms_are_fatal() -> None:
 def test_thresholds_come_from_the_configuration() -> None:
     cfg = compose(["experiment=tiny", "alarms.truncated=0.05", "alarms.stop=[drift]"])
     limits = Limits.of(cfg)
-    assert limits.mark == "boxed" and limits.config.stop == ("drift",)
+    assert limits.config.stop == ("drift",)
     assert [alarm.name for alarm in timeline(steps(SOUND), limits)] == ["truncated", "drift"]
-    dapo = ["reward.file=rewards/dapo_math.py", "reward.function=dapo_math"]
-    assert Limits.of(compose(["experiment=tiny", *dapo])).mark == "answer"
-    strict = "+reward.options.strict=true"
-    assert Limits.of(compose(["experiment=tiny", *dapo, strict])).mark == "boxed"
     with pytest.raises(ConfigError, match=r"alarms\.stop = 'drfit' is not one of .*drift"):
         compose(["experiment=tiny", "alarms.stop=[drfit]"])
     with pytest.raises(ConfigError, match=r"alarms\.stop = 'drift' is not a list"):

@@ -34,7 +34,7 @@ PROMISED = """
 rollout/raw_reward rollout/rewards rollout/advantages rollout/log_probs rollout/rollout_log_probs
 rollout/response_len/mean rollout/response_len/median rollout/response_len/max
 rollout/response_len/min rollout/truncated_ratio rollout/repetition_frac rollout/total_lengths
-rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage
+rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage rollout/taught_ratio
 rollout/weight_version/mean rollout/weight_version/mixed_version_ratio
 train/loss train/pg_loss train/entropy_loss train/pg_clipfrac train/ppo_kl train/ess_ratio
 train/train_rollout_logprob_abs_diff train/train_rollout_kl train/grad_norm train/lr-pg_0

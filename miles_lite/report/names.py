@@ -14,7 +14,7 @@ HEADLINES = (
     "train/grad_norm",
     "rollout/response_len/mean",
     "rollout/truncated_ratio",
-    "rollout/zero_advantage_ratio",
+    "rollout/taught_ratio",
     "train/pg_clipfrac",
     "perf/step_time",
 )
@@ -30,6 +30,7 @@ _WORDS = {
     "rollout/repetition_frac": "Share of answers that run in circles",
     "rollout/not_counted_ratio": "Share of answers without a say in the loss",
     "rollout/zero_advantage_ratio": "Share of answers that teach nothing (advantage 0)",
+    "rollout/taught_ratio": "Share of answers that tell right from wrong",
     "rollout/zero_std/all_zero_percentage": "Share of groups in which all answers have reward 0",
     "rollout/zero_std/all_one_percentage": "Share of groups in which all answers have reward 1",
     "rollout/prompts_per_kept": "Prompts answered for each one trained on",
