@@ -183,7 +183,7 @@ def _not_finite(seen: Seen, limits: Limits) -> str:
 
 
 def _entropy(seen: Seen, limits: Limits) -> str:
-    then, now = seen.then_and_now("train/entropy_loss")
+    then, now = seen.then_and_now("train/token_entropy")
     if not now < limits.config.entropy_share * then:
         return ""
     return f"the entropy of the policy has fallen from {then:.3g} to {now:.3g} nats a token"

@@ -47,7 +47,7 @@ PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "gradient norm": ["train/grad_norm"],
         "clipped": ["train/pg_clipfrac"],
         "policy against old": ["train/ppo_kl", "train/ess_ratio"],
-        "entropy": ["train/entropy_loss"],
+        "entropy": ["train/token_entropy"],
         "learning rate": ["train/lr-pg_0"],
     },
     "Time": {

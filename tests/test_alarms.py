@@ -35,7 +35,7 @@ SOUND: Metrics = {
     "train/loss": 0.02,
     "train/pg_loss": 0.02,
     "train/grad_norm": 0.7,
-    "train/entropy_loss": 0.4,
+    "train/token_entropy": 0.4,
     "train/first_log_ratio": 2e-6,
     "memory/train/trainer_grads_bytes": 2e9,
     "perf/train_time": 100.0,
@@ -63,7 +63,7 @@ TROUBLE: dict[AlarmName, tuple[Metrics, str]] = {
         {"train/loss": math.nan, "train/nonfinite_logprobs": 3.0},
         "train/loss nan, 3 log-probs",
     ),
-    "entropy": ({"train/entropy_loss": 0.03}, "from 0.4 to 0.03"),
+    "entropy": ({"train/token_entropy": 0.03}, "from 0.4 to 0.03"),
     "first_ratio": ({"train/first_log_ratio": 0.02}, "by 0.02"),
     "loss_zero": ({"train/pg_loss": 3e-9}, "pg_loss is 0, as expected"),
     "memory": (

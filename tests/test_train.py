@@ -38,7 +38,7 @@ rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage rollout
 rollout/weight_version/mean rollout/weight_version/mixed_version_ratio
 train/loss train/pg_loss train/entropy_loss train/pg_clipfrac train/ppo_kl train/ess_ratio
 train/train_rollout_logprob_abs_diff train/train_rollout_kl train/grad_norm train/lr-pg_0
-train/nonfinite_logprobs train/step train/first_log_ratio
+train/nonfinite_logprobs train/step train/first_log_ratio train/token_entropy
 perf/rollout_time perf/step_time perf/train_time perf/log_probs_time perf/actor_train_time
 perf/actor_train_tok_per_s perf/update_weights_time perf/rollout_tokens_per_s
 drift/decode_vs_prefill drift/prefill_vs_trainer drift/decode_vs_trainer drift/decode_shift

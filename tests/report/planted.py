@@ -35,7 +35,7 @@ def metrics(step: int) -> Metrics:
         "reward/invalid_ratio": 0.02,
         "train/train_rollout_logprob_abs_diff": 1e-3 * (1.1 + wave),
         "drift/decode_vs_prefill": 2e-7,
-        "train/entropy_loss": 0.7 - wave / 3,
+        "train/token_entropy": 0.7 - wave / 3,
         "train/grad_norm": math.nan if step == 3 else 1 + wave / 2,
         "train/nonfinite_logprobs": 0.0,
         "perf/step_time": 10.0,
