@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
@@ -53,8 +53,9 @@ class Alarm:
 class Limits:
     """What the alarms of a run depend on besides its metrics."""
 
-    config: AlarmConfig
-    marks: Mapping[str, str]  # that its rewards look for: of rollout/wanted_marks/*
+    config: AlarmConfig = field(default_factory=AlarmConfig)
+    # that its rewards look for: of rollout/wanted_marks/*
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: Config) -> Limits:
@@ -299,29 +300,34 @@ class Alarms:
 
     def told(self, step: int, metrics: Metrics) -> list[Alarm]:
         """Those to be told at this step, which is the next one."""
-        if "train/loss" not in metrics:  # an evaluation
+        new, last_told = [], {}
+        for alarm in self.up(step, metrics):
+            last_told[alarm.name] = self._last_told.get(alarm.name, step - AGAIN)
+            if step >= last_told[alarm.name] + AGAIN:
+                new.append(alarm)
+                last_told[alarm.name] = step
+            if alarm.name in self._limits.config.stop:
+                self.fatal = alarm
+            if alarm.severity == "note":
+                del last_told[alarm.name]
+        self._last_told = last_told
+        return new
+
+    def up(self, step: int, metrics: Metrics) -> list[Alarm]:
+        """All that are up at this step, which is the next one; a note is made once."""
+        if "train/loss" not in metrics:
             return []
         self._seen.add(metrics)
-        new, told = [], {}
-        for name, entry in RULES.items():
-            text = entry.rule(self._seen, self._limits)
-            if not text or name in self._noted:
-                continue
-            alarm = Alarm(step, name, entry.severity, text, entry.remedy)
-            told[name] = self._last_told.get(name, step - AGAIN)
-            if step >= told[name] + AGAIN:
-                new.append(alarm)
-                told[name] = step
-            if name in self._limits.config.stop:
-                self.fatal = alarm
-            if entry.severity == "note":
-                self._noted.add(name)
-                del told[name]
-        self._last_told = told
-        return new
+        found = [
+            Alarm(step, name, entry.severity, text, entry.remedy)
+            for name, entry in RULES.items()
+            if name not in self._noted and (text := entry.rule(self._seen, self._limits))
+        ]
+        self._noted |= {alarm.name for alarm in found if alarm.severity == "note"}
+        return found
 
 
 def timeline(steps: Mapping[int, Metrics], limits: Limits) -> list[Alarm]:
-    """All alarms of a run, as they were told."""
+    """All alarms of a run, at each step that they were up."""
     alarms = Alarms(limits, {})
-    return [alarm for step, metrics in steps.items() for alarm in alarms.told(step, metrics)]
+    return [alarm for step, metrics in steps.items() for alarm in alarms.up(step, metrics)]

@@ -10,13 +10,13 @@ from typing import get_args
 import pytest
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
-from miles_lite.alarms import AGAIN, RULES, WINDOW, Alarms, Limits, timeline
+from miles_lite.alarms import AGAIN, RULES, WINDOW, Alarm, Alarms, Limits, timeline
 from miles_lite.bounds import ConfigError
 from miles_lite.compose import compose
 from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
 
-LIMITS = Limits(AlarmConfig(), marks={"own": "\\boxed", "service": "####"})
+LIMITS = Limits(marks={"own": "\\boxed", "service": "####"})
 
 SOUND: Metrics = {
     "rollout/raw_reward": 0.5,
@@ -78,6 +78,11 @@ def steps(*metrics: Metrics) -> dict[int, Metrics]:
     return dict(enumerate(metrics))
 
 
+def told(history: dict[int, Metrics]) -> list[Alarm]:
+    alarms = Alarms(LIMITS, {})
+    return [alarm for step, metrics in history.items() for alarm in alarms.told(step, metrics)]
+
+
 def test_every_alarm_has_a_rule_a_name_and_a_test() -> None:
     assert set(RULES) == set(get_args(AlarmName)) == set(TROUBLE)
 
@@ -90,7 +95,7 @@ def test_a_sound_run_is_quiet() -> None:
 def test_planted_trouble_is_told_with_cause_and_remedy(name: AlarmName) -> None:
     change, words = TROUBLE[name]
     history = steps(*[SOUND] * 2 * WINDOW, *[SOUND | change] * WINDOW)
-    first, *others = timeline(history, LIMITS)
+    first, *others = told(history)
     assert (first.name, first.severity) == (name, RULES[name].severity)
     assert 2 * WINDOW <= first.step < 3 * WINDOW
     assert re.search(words, first.message), first.message
@@ -100,8 +105,10 @@ def test_planted_trouble_is_told_with_cause_and_remedy(name: AlarmName) -> None:
 
 def test_a_lasting_alarm_is_told_again_and_a_new_one_at_once() -> None:
     cut = SOUND | TROUBLE["truncated"][0]
-    told = timeline(steps(*[cut] * (AGAIN + 2), SOUND, cut), LIMITS)
-    assert [alarm.step for alarm in told] == [0, AGAIN, AGAIN + 3]
+    history = steps(*[cut] * (AGAIN + 2), SOUND, cut)
+    assert [alarm.step for alarm in told(history)] == [0, AGAIN, AGAIN + 3]
+    up = [alarm.step for alarm in timeline(history, LIMITS)]
+    assert up == [*range(AGAIN + 2), AGAIN + 3]
 
 
 def test_a_note_is_made_once() -> None:
@@ -126,8 +133,8 @@ def test_a_resumed_run_says_what_the_undisturbed_one_does(
         before = dict(list(enumerate(history))[:cut])
         alarms = Alarms(LIMITS, before)
         values = [alarms.look(step, metrics) for step, metrics in list(enumerate(history))[cut:]]
-        told = [alarm for alarm in timeline(steps(*history), LIMITS) if alarm.step >= cut]
-        assert [record.getMessage() for record in caplog.records] == [str(alarm) for alarm in told]
+        wanted = [str(alarm) for alarm in told(steps(*history)) if alarm.step >= cut]
+        assert [record.getMessage() for record in caplog.records] == wanted
         assert values[-1] == {"alarms/drift_trend": 1.0}
     assert {record.levelno for record in caplog.records} <= {logging.WARNING}
 
@@ -135,7 +142,7 @@ def test_a_resumed_run_says_what_the_undisturbed_one_does(
 def test_only_chosen_alarms_are_fatal() -> None:
     cut = SOUND | TROUBLE["truncated"][0]
     for stop in ((), ("drift",), ("truncated",)):
-        alarms = Alarms(Limits(AlarmConfig(stop=stop), {}), {0: cut})
+        alarms = Alarms(Limits(AlarmConfig(stop=stop)), {0: cut})
         assert alarms.fatal is None  # somebody started it again
         alarms.look(1, cut)
         assert (alarms.fatal is not None) == (stop == ("truncated",))

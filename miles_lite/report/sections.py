@@ -79,24 +79,40 @@ def _devices(run: RunData) -> str:
 
 
 def alarms(runs: Sequence[RunData]) -> list[dict[str, str]]:
-    """One entry for each alarm of a run, however often it rang; critical ones first."""
+    """One entry for each alarm of a run, however long it was up; critical ones first."""
     found: list[dict[str, str]] = []
     for run in runs:
-        key = lambda alarm: (alarm.severity != "critical", alarm.name)  # noqa: E731
-        for _, group in groupby(sorted(run.alarms, key=key), key):
-            rung: list[Alarm] = sorted(group, key=lambda alarm: alarm.step)
-            first, last = rung[0].step, rung[-1].step
-            when = f"step {first}" if first == last else f"steps {first} to {last}"
-            entry = {
-                "run": run.name,
-                "name": rung[-1].name,
-                "severity": rung[-1].severity,
-                "when": when + (f", {len(rung)} times" if len(rung) > 1 else ""),
-                "message": rung[-1].message,
-                "remedy": rung[-1].remedy,
-            }
-            found.append(entry)
+        by_name = sorted(run.alarms, key=lambda alarm: (alarm.name, alarm.step))
+        for _, group in groupby(by_name, key=lambda alarm: alarm.name):
+            rung = list(group)
+            found.append(_entry(run, rung[-1], _when([alarm.step for alarm in rung])))
+        if run.no_limits:
+            message = (
+                f"alarms are by the default limits, as those of the run are lost: {run.no_limits}"
+            )
+            remedy = "Make the report with the version of miles-lite that made the run"
+            found.append(_entry(run, Alarm(0, "limits", "note", message, remedy), "all steps"))
     return sorted(found, key=lambda entry: entry["severity"] != "critical")
+
+
+def _entry(run: RunData, alarm: Alarm, when: str) -> dict[str, str]:
+    return {
+        "run": run.name,
+        "name": alarm.name,
+        "severity": alarm.severity,
+        "when": when,
+        "message": alarm.message,
+        "remedy": alarm.remedy,
+    }
+
+
+def _when(up: Sequence[int]) -> str:
+    """At which steps an alarm was up."""
+    first, last = up[0], up[-1]
+    if first == last:
+        return f"step {first}"
+    span = f"steps {first} to {last}"
+    return span if len(up) == last - first + 1 else f"{len(up)} of the {span}"
 
 
 # ------------------------------------------------------------------ curves
