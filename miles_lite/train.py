@@ -14,7 +14,7 @@ from miles_lite.build import Parts
 from miles_lite.cluster.actor import waited_for
 from miles_lite.config import Config
 from miles_lite.console import Console
-from miles_lite.protocols import Phase
+from miles_lite.protocols import NonFiniteError, Phase
 from miles_lite.rollout.evaluate import evaluate
 from miles_lite.rollout.revival import Revival
 from miles_lite.rollout.signal import SignalWatch
@@ -57,7 +57,13 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
 
         console.phase("train")
         devices.enter(Phase.train)
-        result = trainer.step(batch)
+        try:
+            result = trainer.step(batch)
+        except NonFiniteError as error:  # leave what tells the alarm, and the samples to look at
+            run.log(step, error.result.metrics | alarms.look(step, error.result.metrics))
+            if cfg.log.samples:
+                run.save_samples(step, drawn.groups, error.result, sequences)
+            raise
         if _due(step + 1, cfg.algo.ref_update_interval):
             trainer.refresh_reference()
         metrics |= result.metrics

@@ -20,6 +20,8 @@ import torch
 
 from miles_lite.compose import CONFIGS
 from miles_lite.dashboard import PANELS
+from miles_lite.report import sections
+from miles_lite.report.runs import read_runs
 from miles_lite.run import read_metrics, read_samples
 from miles_lite.stop import ENDED_ITSELF
 from tests import wandb_file
@@ -93,6 +95,22 @@ def test_metrics_are_there_under_their_names(run: Path) -> None:
         assert steps[step]["rollout/weight_version/mean"] == step
     assert steps[1]["train/step"] == 3  # two updates a step
     assert "eval/eval" in steps[0] and "eval/eval" in steps[2]
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_leaves_alarm_and_samples(tmp_path: Path) -> None:
+    """The first update of its step, at a senseless learning rate, makes a NaN of the second."""
+    words = ["train.num_steps=2", "data.eval=''", "optim.lr=1e38", "optim.warmup_updates=0"]
+    process = launch(tmp_path, *words)
+    output = finished(process)
+    assert process.returncode == 1 and "a loss is NaN or infinite" in output
+    (read,) = read_runs([tmp_path / "run"])
+    (told,) = sections.alarms([read])
+    assert (told["name"], told["when"]) == ("not_finite", "step 0")
+    assert "train/loss nan" in told["message"] and "train/loss nan" in output
+    assert read.outcome.startswith("failed: NonFiniteError")
+    samples = list(read_samples(tmp_path / "run" / "samples" / "step_000000.jsonl.gz"))
+    assert len(samples) == 32 and all(sample.trainer_logprobs for sample in samples)
 
 
 @pytest.mark.slow
