@@ -76,6 +76,11 @@ PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
             )
         ]
         for phase in ("generate", "train", "sync")
+    }
+    | {
+        "of the host": [
+            f"memory/train/{party}_resident_bytes" for party in ("driver", "trainer", "rollout")
+        ]
     },
 }
 

@@ -37,7 +37,7 @@ SOUND: Metrics = {
     "train/grad_norm": 0.7,
     "train/token_entropy": 0.4,
     "train/first_log_ratio": 2e-6,
-    "memory/train/trainer_grads_bytes": 2e9,
+    "memory/train/trainer_resident_bytes": 2e9,
     "perf/train_time": 100.0,
     "plan/perf/train_time": 1.2,
 }
@@ -67,8 +67,8 @@ TROUBLE: dict[AlarmName, tuple[Metrics, str]] = {
     "first_ratio": ({"train/first_log_ratio": 0.02}, "by 0.02"),
     "loss_zero": ({"train/pg_loss": 3e-9}, "pg_loss is 0, as expected"),
     "memory": (
-        {"memory/train/trainer_grads_bytes": 2.5e9},
-        "train/trainer_grads_bytes from 2,000,000,000 to 2,500,000,000",
+        {"memory/train/trainer_resident_bytes": 2.5e9},
+        "train/trainer_resident_bytes from 2,000,000,000 to 2,500,000,000",
     ),
     "slow": ({"plan/perf/train_time": 7.0}, "perf/train_time 100.0 s is 7.0 times"),
 }

@@ -72,8 +72,10 @@ _WORDS = {
     "perf/fill": "Tokens of a micro-batch over its limit",
 }
 
-_PARTIES = {"trainer": "trainer", "rollout": "engine"}
-_MEMORY = re.compile(r"memory/(\w+?)/(trainer|rollout)_(\w+)_bytes")
+_PARTIES = {"trainer": "trainer", "rollout": "engine", "driver": "driver"}
+_MEMORY = re.compile(r"memory/(\w+?)/(trainer|rollout|driver)_(\w+)_bytes")
+# kinds that are not parts of what a party holds on its devices, and add up to nothing
+WHOLES = {"device": "everything on the devices", "resident": "host memory of the largest process"}
 
 
 def words(name: str) -> str:
@@ -83,7 +85,8 @@ def words(name: str) -> str:
     if name.startswith("plan/"):
         return f"Measured over planned: {words(name.removeprefix('plan/'))}"
     if found := memory_parts(name):
-        return "Bytes in phase {}: {} {}".format(*found)
+        phase, party, kind = found
+        return f"Bytes in phase {phase}: {party} {WHOLES.get(kind, kind)}"
     if re.fullmatch(r"eval/[^/-]+", name):
         return f"Held-out reward: {name.removeprefix('eval/')}"
     if name.startswith("reward/invalid/"):

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from miles_lite.alarms import Alarm
 from miles_lite.protocols import Metrics
-from miles_lite.report.names import memory_parts, number, percent, seconds, size, words
+from miles_lite.report.names import WHOLES, memory_parts, number, percent, seconds, size, words
 from miles_lite.report.runs import RunData
 from miles_lite.summary import Summary
 
@@ -269,11 +269,13 @@ def planned(runs: Sequence[RunData]) -> Table:
 
 # ------------------------------------------------------------------ memory
 
+_ORDER = ("generate", "train", "sync")
+
 
 def memory(run: RunData) -> Stack:
-    """The most bytes held after entering each phase, by holder."""
-    peaks = _peaks(run)
-    phases = [p for p in ("generate", "train", "sync") if any(p == key[0] for key in peaks)]
+    """The most bytes held on devices after entering each phase, by holder."""
+    peaks = {key: held for key, held in _peaks(run).items() if key[2] not in WHOLES}
+    phases = [phase for phase in _ORDER if any(phase == key[0] for key in peaks)]
     holders = dict.fromkeys((party, kind) for _, party, kind in peaks)
     parts = {
         f"{party} {kind}": [peaks.get((phase, party, kind), 0.0) for phase in phases]
@@ -300,7 +302,7 @@ def memory_table(runs: Sequence[RunData]) -> Table:
         for holder in (*stack.parts, "all")
     )
     rows: list[list[Cell]] = []
-    for phase, holder in sorted(keys, key=lambda key: ("generate", "train", "sync").index(key[0])):
+    for phase, holder in sorted(keys, key=lambda key: _ORDER.index(key[0])):
         row: list[Cell] = [str(phase), holder]
         for stack in stacks.values():
             parts = stack.parts if holder == "all" else {holder: stack.parts.get(holder, ())}
@@ -308,7 +310,15 @@ def memory_table(runs: Sequence[RunData]) -> Table:
             held = sum(v[at] or 0.0 for v in parts.values() if v) if at is not None else None
             row.append(size(held))
         rows.append(row)
-    note = "Of all devices together, the most after entering the phase."
+    peaks = {run.name: _peaks(run) for run in runs}
+    wholes = {key for found in peaks.values() for key in found if key[2] in WHOLES}
+    for phase, party, kind in sorted(wholes, key=lambda key: (_ORDER.index(key[0]), key)):
+        held_by = [found.get((phase, party, kind)) for found in peaks.values()]
+        rows.append([phase, f"{party}: {WHOLES[kind]}", *map(size, held_by)])
+    note = (
+        "Of all devices together, the most after entering the phase. Host memory, which no other "
+        "process shares, is no part of it."
+    )
     return Table("Memory by phase", ["Phase", "Held by", *stacks], rows, note)
 
 

@@ -53,6 +53,8 @@ def metrics(step: int) -> Metrics:
         "perf/spared_ratio": 0.0,
         "memory/train/trainer_weights_bytes": 2e9,
         "memory/train/trainer_optimizer_bytes": 6e9,
+        "memory/train/trainer_device_bytes": 8.5e9,
+        "memory/train/trainer_resident_bytes": 3e9,
         "memory/generate/rollout_cache_bytes": 4e9 + step,
         "plan/memory/train/trainer_weights_bytes": 1.0,
         "plan/perf/step_time": 2.0,

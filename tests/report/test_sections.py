@@ -67,7 +67,11 @@ def test_memory_is_the_most_after_entering_a_phase(small: Path) -> None:
     stack = sections.memory(run)
     assert stack.labels == ["generate", "train"]
     assert stack.parts["engine cache"] == [4e9 + 5, 0.0]
-    assert sections.memory_table([run]).rows[-1] == ["train", "all", "8 GB"]
+    assert stack.parts["trainer weights"] == [0.0, 2e9] and len(stack.parts) == 3
+    *_, held, device, resident = sections.memory_table([run]).rows
+    assert held == ["train", "all", "8 GB"]  # what the device holds in all is no part of it
+    assert device == ["train", "trainer: everything on the devices", "8.5 GB"]
+    assert resident == ["train", "trainer: host memory of the largest process", "3 GB"]
 
 
 def test_alarms_are_told_once_each_and_critical_ones_first(small: Path) -> None:
