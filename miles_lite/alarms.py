@@ -11,11 +11,12 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from miles_lite.alarm_config import AlarmConfig, AlarmName
 from miles_lite.algo.drift_parts import suspect
+from miles_lite.algo.marks import wanted_marks
 from miles_lite.config import Config
 from miles_lite.metrics import ABS_DIFF
 from miles_lite.protocols import Metrics
@@ -34,13 +35,6 @@ MEMORY_GROWTH = 1.1  # latest steps against the first ones, and
 SMALL_BYTES = 64 << 20  # no growth of memory that is less
 SMALL_DRIFT = 1e-4  # nats a token; no trend below
 SMALL_S = 1.0  # a phase shorter than that is in time
-# The mark in an answer without which a reward of ours gives nothing.
-MARKS = {
-    "deepscaler": "boxed",
-    "math": "boxed",
-    "brevity": "boxed",
-    "dapo_math": "answer",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +53,15 @@ class Alarm:
 class Limits:
     """What the alarms of a run depend on besides its metrics."""
 
-    config: AlarmConfig
-    mark: str  # in an answer, without which the reward gives nothing: of rollout/marker/*; or ""
+    config: AlarmConfig = field(default_factory=AlarmConfig)
+    # that its rewards look for: of rollout/wanted_marks/*
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: Config) -> Limits:
-        strict = bool(cfg.reward.options.get("strict"))  # dapo_math then reads a box
-        return cls(cfg.alarms, "boxed" if strict else MARKS.get(cfg.reward.function, ""))
+        wanted = wanted_marks(cfg.reward)
+        words = {k or "own": ", ".join(m.name for m in marks) for k, marks in wanted.items()}
+        return cls(cfg.alarms, words)
 
 
 class Seen:
@@ -100,35 +96,38 @@ Rule = Callable[[Seen, "Limits"], str]  # what is the matter, or ""
 
 
 def _dead(seen: Seen, limits: Limits) -> str:
-    taught = 1 - seen("rollout/zero_advantage_ratio") - seen("rollout/not_counted_ratio")
-    if not taught < 1e-9:
+    if seen("rollout/taught_ratio") != 0:
         return ""
     marks = [name for name in seen.latest[-1] if name.startswith("rollout/marker/")]
     shares = ", ".join(f"{seen(name):.0%} with {name.rpartition('/')[2]}" for name in sorted(marks))
     return (
-        f"no answer has an advantage: mean reward {seen('rollout/raw_reward'):.3g}, "
+        "no reward tells an answer to be better than another: mean reward "
+        f"{seen('rollout/raw_reward'):.3g}, "
         f"{seen('rollout/truncated_ratio'):.0%} cut at the length limit, "
         f"{seen('reward/invalid_ratio'):.0%} without verdict, {shares}"
     )
 
 
 def _zero_std(seen: Seen, limits: Limits) -> str:
-    share = seen("rollout/zero_advantage_ratio")
+    share = 1 - seen("rollout/taught_ratio") - seen("rollout/not_counted_ratio")
     if not share > limits.config.zero_advantage or _dead(seen, limits):  # which says enough
         return ""
     hard = seen("rollout/zero_std/all_zero_percentage")
     easy = seen("rollout/zero_std/all_one_percentage")
     return (
-        f"{share:.0%} of the answers teach nothing, as all of their group score the same "
+        f"{share:.0%} of the answers teach nothing, as their reward is that of all their group "
         f"({hard:.0%} of the groups all 0, {easy:.0%} all 1)"
     )
 
 
 def _marker(seen: Seen, limits: Limits) -> str:
-    share = seen(f"rollout/marker/{limits.mark}")
-    if not share < FEW_MARKS:
-        return ""
-    return f"{share:.0%} of the answers have the mark that the reward looks for ({limits.mark})"
+    told = [
+        f"{seen(name):.0%} of the answers have what the reward{of} looks for ({mark})"
+        for reward, mark in limits.marks.items()
+        if seen(name := f"rollout/wanted_marks/{reward}") < FEW_MARKS
+        for of in ("" if reward == "own" else f" {reward}",)
+    ]
+    return "; ".join(told)
 
 
 def _truncated(seen: Seen, limits: Limits) -> str:
@@ -185,7 +184,7 @@ def _not_finite(seen: Seen, limits: Limits) -> str:
 
 
 def _entropy(seen: Seen, limits: Limits) -> str:
-    then, now = seen.then_and_now("train/entropy_loss")
+    then, now = seen.then_and_now("train/token_entropy")
     if not now < limits.config.entropy_share * then:
         return ""
     return f"the entropy of the policy has fallen from {then:.3g} to {now:.3g} nats a token"
@@ -301,29 +300,34 @@ class Alarms:
 
     def told(self, step: int, metrics: Metrics) -> list[Alarm]:
         """Those to be told at this step, which is the next one."""
-        if "train/loss" not in metrics:  # an evaluation
+        new, last_told = [], {}
+        for alarm in self.up(step, metrics):
+            last_told[alarm.name] = self._last_told.get(alarm.name, step - AGAIN)
+            if step >= last_told[alarm.name] + AGAIN:
+                new.append(alarm)
+                last_told[alarm.name] = step
+            if alarm.name in self._limits.config.stop:
+                self.fatal = alarm
+            if alarm.severity == "note":
+                del last_told[alarm.name]
+        self._last_told = last_told
+        return new
+
+    def up(self, step: int, metrics: Metrics) -> list[Alarm]:
+        """All that are up at this step, which is the next one; a note is made once."""
+        if "train/loss" not in metrics:
             return []
         self._seen.add(metrics)
-        new, told = [], {}
-        for name, entry in RULES.items():
-            text = entry.rule(self._seen, self._limits)
-            if not text or name in self._noted:
-                continue
-            alarm = Alarm(step, name, entry.severity, text, entry.remedy)
-            told[name] = self._last_told.get(name, step - AGAIN)
-            if step >= told[name] + AGAIN:
-                new.append(alarm)
-                told[name] = step
-            if name in self._limits.config.stop:
-                self.fatal = alarm
-            if entry.severity == "note":
-                self._noted.add(name)
-                del told[name]
-        self._last_told = told
-        return new
+        found = [
+            Alarm(step, name, entry.severity, text, entry.remedy)
+            for name, entry in RULES.items()
+            if name not in self._noted and (text := entry.rule(self._seen, self._limits))
+        ]
+        self._noted |= {alarm.name for alarm in found if alarm.severity == "note"}
+        return found
 
 
 def timeline(steps: Mapping[int, Metrics], limits: Limits) -> list[Alarm]:
-    """All alarms of a run, as they were told."""
+    """All alarms of a run, at each step that they were up."""
     alarms = Alarms(limits, {})
-    return [alarm for step, metrics in steps.items() for alarm in alarms.told(step, metrics)]
+    return [alarm for step, metrics in steps.items() for alarm in alarms.up(step, metrics)]

@@ -14,6 +14,7 @@ PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Reward": {
         "reward": ["rollout/raw_reward"],
         "what teaches": [
+            "rollout/taught_ratio",
             "rollout/zero_advantage_ratio",
             "rollout/zero_std/all_zero_percentage",
             "rollout/zero_std/all_one_percentage",
@@ -46,7 +47,7 @@ PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "gradient norm": ["train/grad_norm"],
         "clipped": ["train/pg_clipfrac"],
         "policy against old": ["train/ppo_kl", "train/ess_ratio"],
-        "entropy": ["train/entropy_loss"],
+        "entropy": ["train/token_entropy"],
         "learning rate": ["train/lr-pg_0"],
     },
     "Time": {
@@ -75,6 +76,11 @@ PANELS: Mapping[str, Mapping[str, Sequence[str]]] = {
             )
         ]
         for phase in ("generate", "train", "sync")
+    }
+    | {
+        "of the host": [
+            f"memory/train/{party}_resident_bytes" for party in ("driver", "trainer", "rollout")
+        ]
     },
 }
 

@@ -222,6 +222,15 @@ class StepResult:
     entropies: TokenValues  # of the same distributions
 
 
+class NonFiniteError(RemoteError):
+    """A loss or gradient is NaN or infinite; no weight was changed from there on. result: what was
+    seen until then, the culprit among its metrics."""
+
+    def __init__(self, message: str, result: StepResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class Trainer(Resident, Protocol):
     """The optimizer of the policy; all its ranks."""
 
@@ -231,7 +240,8 @@ class Trainer(Resident, Protocol):
         ...
 
     def step(self, batch: Batch) -> StepResult:
-        """Old log-probs, drift, and every update of `batch`. Weights change only here."""
+        """Old log-probs, drift, and every update of `batch`. Weights change only here. Raises
+        NonFiniteError."""
         ...
 
     def refresh_reference(self) -> None:

@@ -14,7 +14,7 @@ from miles_lite.build import Parts
 from miles_lite.cluster.actor import waited_for
 from miles_lite.config import Config
 from miles_lite.console import Console
-from miles_lite.protocols import Phase
+from miles_lite.protocols import NonFiniteError, Phase
 from miles_lite.rollout.evaluate import evaluate
 from miles_lite.rollout.revival import Revival
 from miles_lite.rollout.signal import SignalWatch
@@ -52,12 +52,18 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         rescored = rollout.rescore(list(probed.values()))
         sequences = to_sequences(drawn.groups, parts.credit)
         batch = pack(sequences, parts.packing)
-        metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences)
+        metrics = drawn.metrics | rollout_metrics(drawn.groups, sequences, parts.credit)
         metrics |= packing_metrics(batch, parts.packing)
 
         console.phase("train")
         devices.enter(Phase.train)
-        result = trainer.step(batch)
+        try:
+            result = trainer.step(batch)
+        except NonFiniteError as error:  # leave what tells the alarm, and the samples to look at
+            run.log(step, error.result.metrics | alarms.look(step, error.result.metrics))
+            if cfg.log.samples:
+                run.save_samples(step, drawn.groups, error.result, sequences)
+            raise
         if _due(step + 1, cfg.algo.ref_update_interval):
             trainer.refresh_reference()
         metrics |= result.metrics
@@ -78,7 +84,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if cfg.log.samples:
             run.save_samples(step, drawn.groups, result, sequences)
         console.step(step, metrics)
-        watch.look(drawn.groups, sequences)
+        watch.look(drawn.groups, metrics)
         resume.complete(run, parts)  # what an earlier step began
         if run.checkpoint_due(step + 1) or stop.asked or step + 1 == cfg.train.num_steps:
             console.phase("save")

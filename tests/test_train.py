@@ -20,6 +20,8 @@ import torch
 
 from miles_lite.compose import CONFIGS
 from miles_lite.dashboard import PANELS
+from miles_lite.report import sections
+from miles_lite.report.runs import read_runs
 from miles_lite.run import read_metrics, read_samples
 from miles_lite.stop import ENDED_ITSELF
 from tests import wandb_file
@@ -34,16 +36,18 @@ PROMISED = """
 rollout/raw_reward rollout/rewards rollout/advantages rollout/log_probs rollout/rollout_log_probs
 rollout/response_len/mean rollout/response_len/median rollout/response_len/max
 rollout/response_len/min rollout/truncated_ratio rollout/repetition_frac rollout/total_lengths
-rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage
+rollout/zero_std/all_zero_percentage rollout/zero_std/all_one_percentage rollout/taught_ratio
 rollout/weight_version/mean rollout/weight_version/mixed_version_ratio
 train/loss train/pg_loss train/entropy_loss train/pg_clipfrac train/ppo_kl train/ess_ratio
 train/train_rollout_logprob_abs_diff train/train_rollout_kl train/grad_norm train/lr-pg_0
-train/nonfinite_logprobs train/step train/first_log_ratio
+train/nonfinite_logprobs train/step train/first_log_ratio train/token_entropy
 perf/rollout_time perf/step_time perf/train_time perf/log_probs_time perf/actor_train_time
 perf/actor_train_tok_per_s perf/update_weights_time perf/rollout_tokens_per_s
 drift/decode_vs_prefill drift/prefill_vs_trainer drift/decode_vs_trainer drift/decode_shift
 drift/version_gap sync/checksums
 reward/invalid_ratio sync/bytes memory/generate/rollout_cache_bytes memory/train/trainer_grads_bytes
+memory/generate/driver_resident_bytes memory/train/trainer_resident_bytes
+memory/sync/rollout_resident_bytes
 """.split()
 
 
@@ -93,6 +97,22 @@ def test_metrics_are_there_under_their_names(run: Path) -> None:
         assert steps[step]["rollout/weight_version/mean"] == step
     assert steps[1]["train/step"] == 3  # two updates a step
     assert "eval/eval" in steps[0] and "eval/eval" in steps[2]
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_leaves_alarm_and_samples(tmp_path: Path) -> None:
+    """The first update of its step, at a senseless learning rate, makes a NaN of the second."""
+    words = ["train.num_steps=2", "data.eval=''", "optim.lr=1e38", "optim.warmup_updates=0"]
+    process = launch(tmp_path, *words)
+    output = finished(process)
+    assert process.returncode == 1 and "a loss is NaN or infinite" in output
+    (read,) = read_runs([tmp_path / "run"])
+    (told,) = sections.alarms([read])
+    assert (told["name"], told["when"]) == ("not_finite", "step 0")
+    assert "train/loss nan" in told["message"] and "train/loss nan" in output
+    assert read.outcome.startswith("failed: NonFiniteError")
+    samples = list(read_samples(tmp_path / "run" / "samples" / "step_000000.jsonl.gz"))
+    assert len(samples) == 32 and all(sample.trainer_logprobs for sample in samples)
 
 
 @pytest.mark.slow
@@ -158,7 +178,11 @@ def test_each_party_holds_what_its_phase_allows(run: Path) -> None:
 @pytest.mark.slow
 def test_measured_bytes_are_the_planned_ones(run: Path) -> None:
     """To the byte: weights, gradients, optimizer and caches of all ranks in every phase."""
-    measured = {k: v for k, v in read_metrics(run)[1].items() if k.startswith("memory/")}
+    measured = {
+        name: num_bytes
+        for name, num_bytes in read_metrics(run)[1].items()
+        if name.startswith("memory/") and "_resident_" not in name
+    }
     plan = read_metrics(run)[1]
     assert len(measured) == 15
     for name, num_bytes in measured.items():

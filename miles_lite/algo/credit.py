@@ -6,14 +6,14 @@ What needs the trainer's log-probs, KL in the reward and whitening, comes later:
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+from miles_lite.algo.marks import ANSWER, BOXED, THINK_END, Mark, wanted_marks, wanted_shares
 from miles_lite.config import Config
 from miles_lite.protocols import Metrics
 from miles_lite.types import Finish, Group, Sample, TrainSequence
@@ -34,6 +34,7 @@ class CreditSettings:
     overlong_buffer: int
     overlong_penalty: float
     overlong_filter: bool
+    marks: Mapping[str, tuple[Mark, ...]] = field(default_factory=dict)  # wanted, by reward
 
     @classmethod
     def of(cls, cfg: Config) -> CreditSettings:
@@ -45,6 +46,7 @@ class CreditSettings:
             overlong_buffer=cfg.algo.overlong_buffer,
             overlong_penalty=cfg.algo.overlong_penalty,
             overlong_filter=cfg.algo.overlong_filter,
+            marks=wanted_marks(cfg.reward),
         )
 
 
@@ -151,13 +153,16 @@ def _sequence(
 # ------------------------------------------------------------------ what a rollout looked like
 
 
-def rollout_metrics(groups: Sequence[Group], sequences: Sequence[TrainSequence]) -> Metrics:
+def rollout_metrics(
+    groups: Sequence[Group], sequences: Sequence[TrainSequence], settings: CreditSettings
+) -> Metrics:
     """`rollout/*` and `reward/*` of one step; names are a contract with users' dashboards.
 
     Ratios and "percentages" are shares in [0, 1]. `rollout/raw_reward` is what the verdicts say,
-    over the samples that have one. `rollout/rewards` is what the loss starts from, over the samples
-    that count; with GRPO its mean is 0 by construction: look at std and max. Where there is no such
-    sample these are missing.
+    over the samples that have one; `rollout/taught_ratio` the share of samples that tell right from
+    wrong. `rollout/rewards` is what the loss starts from, over the samples that count; with GRPO
+    its mean is 0 by construction: look at std and max. Where there is no such sample these are
+    missing.
     """
     samples = [sample for group in groups for sample in group.samples]
     verdicts = [sample.verdict.reward for sample in samples if sample.verdict.valid]
@@ -173,7 +178,12 @@ def rollout_metrics(groups: Sequence[Group], sequences: Sequence[TrainSequence])
         "rollout/repetition_frac": _share(is_repetitive(sample.text) for sample in samples),
         "rollout/not_counted_ratio": _share(not s.counts for s in sequences),
         "rollout/zero_advantage_ratio": _share(s.counts and not s.advantage for s in sequences),
+        "rollout/taught_ratio": _taught_ratio(samples, sequences, settings),
         **{f"rollout/marker/{name}": share for name, share in _marker_shares(samples).items()},
+        **{
+            f"rollout/wanted_marks/{reward}": share
+            for reward, share in wanted_shares(samples, settings.marks).items()
+        },
         **_zero_std_metrics(groups),
         **_summary("rollout/weight_version", [answer.version for answer in answers]),
         "rollout/weight_version/mixed_version_ratio": _share(
@@ -191,24 +201,34 @@ def _advantage_metrics(used: Sequence[float]) -> Metrics:
     }
 
 
-# What rewards look for in an answer. Where none has the mark, none can score.
-_MARKERS = {
-    "think_end": re.compile("</think>"),
-    "boxed": re.compile(r"\\boxed\b"),
-    "answer": re.compile(r"answer\s*:", re.IGNORECASE),
-}
+_MARKERS = {"think_end": THINK_END, "boxed": BOXED, "answer": ANSWER}
 
 
 def _marker_shares(samples: Sequence[Sample]) -> dict[str, float]:
     return {
-        name: _share(mark.search(sample.text) is not None for sample in samples)
-        for name, mark in _MARKERS.items()
+        name: _share(mark.is_in(sample) for sample in samples) for name, mark in _MARKERS.items()
     }
 
 
-def has_signal(sequences: Sequence[TrainSequence]) -> bool:
-    """Whether a step teaches anything: equal advantages are all zero, or whitened to zero."""
-    return len({s.advantage for s in sequences if s.counts}) > 1
+def _taught_ratio(
+    samples: Sequence[Sample], sequences: Sequence[TrainSequence], settings: CreditSettings
+) -> float:
+    """Share of answers with a say about right and wrong: they count, their advantage is not zero,
+    and the verdicts of those they are compared with differ. Where only length was shaped these do
+    not; equal advantages are all zero, or whitened to zero."""
+    over_batch = settings.estimator == "reinforce_plus_plus"  # whose baseline is the batch's mean
+    verdicts: dict[int, set[float]] = defaultdict(set)  # by group, or of the batch
+    for sample, sequence in zip(samples, sequences, strict=True):
+        if sample.verdict.valid or not settings.drop_invalid:
+            verdicts[0 if over_batch else sequence.group].add(sample.verdict.reward)
+    if len({s.advantage for s in sequences if s.counts}) < 2:
+        return 0.0
+    return _share(
+        s.counts
+        and (over_batch or s.advantage != 0)
+        and len(verdicts[0 if over_batch else s.group]) > 1
+        for s in sequences
+    )
 
 
 def dead_step_reason(groups: Sequence[Group]) -> str:

@@ -112,7 +112,8 @@ def policy_loss(
     minus entropy_coef x entropy, and all is summed with the token weights.
 
     Terms of the loss are told as `Sum`: with other weights than those of a mean they still add up
-    to the loss. All else is a `Mean` under the same weights.
+    to the loss. All else is a `Mean` under the same weights, but for `train/token_entropy`, which
+    is in nats a token whatever the weights, over the tokens that are trained on.
 
     A non-finite log-prob is never smoothed over: loss and gradient become NaN and
     `train/nonfinite_logprobs` counts the tokens. The caller must not apply such an update.
@@ -135,6 +136,7 @@ def policy_loss(
         means |= told
     loss = pg_loss = (weights * objective).sum()
     sums = {"train/pg_loss": pg_loss, "train/nonfinite_logprobs": broken}
+    plain: dict[str, Tensor] = {}
     if logprobs.reference is not None:
         unbias = bounded_ratio(-token_d) if settings.use_unbiased_kl else None
         kl = kl_estimate(current, logprobs.reference, settings.kl_loss_type, unbias)
@@ -145,11 +147,12 @@ def policy_loss(
         assert not settings.kl_loss_coef, "a KL loss needs the log-probs of a reference policy"
     if logprobs.entropy is not None:
         sums["train/entropy_loss"] = entropy_loss = (weights * logprobs.entropy).sum()
+        plain["train/token_entropy"] = logprobs.entropy
         if settings.entropy_coef:
             loss = loss - settings.entropy_coef * entropy_loss
     else:
         assert not settings.entropy_coef, "an entropy bonus needs the entropy"
-    return loss, _partials(sums | {"train/loss": loss}, means, weights)
+    return loss, _partials(sums | {"train/loss": loss}, means, plain, weights)
 
 
 def kl_estimate(
@@ -221,15 +224,21 @@ def _poison(logprobs: LogProbs, settings: LossSettings) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def _partials(
-    sums: Mapping[str, Tensor], means: Mapping[str, Tensor], weights: Tensor
+    sums: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    plain: Mapping[str, Tensor],
+    weights: Tensor,
 ) -> dict[str, Partial]:
-    """Sums as they are, means [N] under the token weights, in one transfer from the device."""
+    """Sums as they are, means [N] under the token weights and plain over the tokens that have one,
+    in one transfer from the device."""
     weights = weights.double()
-    totals = [weights.sum(), *sums.values(), *((weights * x).sum() for x in means.values())]
-    weight, *values = torch.stack([total.double() for total in totals]).tolist()
-    told: dict[str, Partial] = {
-        name: Sum(value) for name, value in zip(sums, values[: len(sums)], strict=True)
-    }
-    return told | {
-        name: Mean(value, weight) for name, value in zip(means, values[len(sums) :], strict=True)
+    trained = (weights != 0).double()
+    totals = [weights.sum(), trained.sum(), *sums.values()]
+    totals += [(weights * x).sum() for x in means.values()]
+    totals += [(trained * x).sum() for x in plain.values()]
+    weight, count, *values = torch.stack([total.double() for total in totals]).tolist()
+    names = [*sums, *means, *plain]
+    return {
+        name: Sum(value) if name in sums else Mean(value, weight if name in means else count)
+        for name, value in zip(names, values, strict=True)
     }

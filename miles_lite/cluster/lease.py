@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import psutil
+
 from miles_lite.protocols import Metrics, Phase, Resident
+
+RESIDENT = "resident"  # the kind of `resident_bytes`
 
 
 class Lease:
@@ -32,6 +35,7 @@ class Lease:
         self._held[f"perf/enter_{phase.value}_time"] = time.perf_counter() - begin
         if "device" in held[order[0]]:  # what all hold there: others have moved since
             held[order[0]] = self._parties[order[0]].held_bytes()
+        held["driver"] = {RESIDENT: resident_bytes()}
         for name, kinds in held.items():
             for kind, num_bytes in kinds.items():
                 self._held[f"memory/{phase.value}/{name}_{kind}_bytes"] = float(num_bytes)
@@ -42,8 +46,18 @@ class Lease:
 
 
 def total_bytes(parts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
-    """What several hold together, by kind."""
-    total: Counter[str] = Counter()
+    """What several hold together, by kind; of RESIDENT the most that one of them does: in the sum
+    over many processes nobody would see that one of them grows."""
+    total: dict[str, int] = {}
     for part in parts:
-        total.update(part)
+        for kind, num_bytes in part.items():
+            before = total.get(kind, 0)
+            total[kind] = max(before, num_bytes) if kind == RESIDENT else before + num_bytes
     return total
+
+
+def resident_bytes() -> int:
+    """Host memory of this process that is its own. Pages that it shares (Ray's objects, weights on
+    their way) count as its own outside of Linux, which alone tells them apart."""
+    held = psutil.Process().memory_info()
+    return held.rss - getattr(held, "shared", 0)

@@ -10,11 +10,11 @@ HEADLINES = (
     "rollout/raw_reward",
     "eval/*",
     "train/train_rollout_logprob_abs_diff",
-    "train/entropy_loss",
+    "train/token_entropy",
     "train/grad_norm",
     "rollout/response_len/mean",
     "rollout/truncated_ratio",
-    "rollout/zero_advantage_ratio",
+    "rollout/taught_ratio",
     "train/pg_clipfrac",
     "perf/step_time",
 )
@@ -30,6 +30,7 @@ _WORDS = {
     "rollout/repetition_frac": "Share of answers that run in circles",
     "rollout/not_counted_ratio": "Share of answers without a say in the loss",
     "rollout/zero_advantage_ratio": "Share of answers that teach nothing (advantage 0)",
+    "rollout/taught_ratio": "Share of answers that tell right from wrong",
     "rollout/zero_std/all_zero_percentage": "Share of groups in which all answers have reward 0",
     "rollout/zero_std/all_one_percentage": "Share of groups in which all answers have reward 1",
     "rollout/prompts_per_kept": "Prompts answered for each one trained on",
@@ -39,7 +40,8 @@ _WORDS = {
     "train/train_rollout_logprob_abs_diff": "Drift: |log p trainer − log p engine|, nats a token",
     "train/train_rollout_kl": "Drift as KL divergence, nats a token",
     "train/ess_ratio": "Share of samples that count after reweighting (ESS)",
-    "train/entropy_loss": "Entropy of the policy, nats a token",
+    "train/token_entropy": "Entropy of the policy, nats a token",
+    "train/entropy_loss": "Entropy under the loss weights, as the bonus takes it",
     "train/grad_norm": "Gradient norm before clipping",
     "train/pg_clipfrac": "Share of tokens whose ratio is clipped",
     "train/ppo_kl": "How far updates moved the policy, nats a token",
@@ -70,8 +72,10 @@ _WORDS = {
     "perf/fill": "Tokens of a micro-batch over its limit",
 }
 
-_PARTIES = {"trainer": "trainer", "rollout": "engine"}
-_MEMORY = re.compile(r"memory/(\w+?)/(trainer|rollout)_(\w+)_bytes")
+_PARTIES = {"trainer": "trainer", "rollout": "engine", "driver": "driver"}
+_MEMORY = re.compile(r"memory/(\w+?)/(trainer|rollout|driver)_(\w+)_bytes")
+# kinds that are not parts of what a party holds on its devices, and add up to nothing
+WHOLES = {"device": "everything on the devices", "resident": "host memory of the largest process"}
 
 
 def words(name: str) -> str:
@@ -81,7 +85,8 @@ def words(name: str) -> str:
     if name.startswith("plan/"):
         return f"Measured over planned: {words(name.removeprefix('plan/'))}"
     if found := memory_parts(name):
-        return "Bytes in phase {}: {} {}".format(*found)
+        phase, party, kind = found
+        return f"Bytes in phase {phase}: {party} {WHOLES.get(kind, kind)}"
     if re.fullmatch(r"eval/[^/-]+", name):
         return f"Held-out reward: {name.removeprefix('eval/')}"
     if name.startswith("reward/invalid/"):

@@ -30,7 +30,8 @@ class RunData:
     outcome: str
     config: Mapping[str, Any]  # by dotted key; empty if the file is not there
     environment: Mapping[str, Any]
-    alarms: Sequence[Alarm]
+    alarms: Sequence[Alarm]  # at each step that they were up
+    no_limits: str  # why they are by the default limits; "" if by those of the run
     phases: Mapping[str, PhaseTime]  # as planned; empty if the configuration cannot be planned here
     not_planned: str  # why
     drift: Mapping[str, Any]  # what the last `miles-lite drift` found; empty without one
@@ -70,7 +71,8 @@ def _read_run(folder: Path, name: str) -> RunData:
         outcome=_outcome(read_mapping(folder / "summary.json")),
         config=flat(raw),
         environment=flat({key: environment[key] for key in _ENVIRONMENT if environment.get(key)}),
-        alarms=timeline(metrics, Limits.of(cfg)) if cfg else [],
+        alarms=timeline(metrics, Limits.of(cfg) if cfg else Limits()),
+        no_limits=why,
         phases=phases,
         not_planned=not_planned,
         drift=read_mapping(folder / "drift.json"),

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from miles_lite.alarms import Alarm
 from miles_lite.protocols import Metrics
-from miles_lite.report.names import memory_parts, number, percent, seconds, size, words
+from miles_lite.report.names import WHOLES, memory_parts, number, percent, seconds, size, words
 from miles_lite.report.runs import RunData
 from miles_lite.summary import Summary
 
@@ -84,24 +84,40 @@ def _devices(run: RunData) -> str:
 
 
 def alarms(runs: Sequence[RunData]) -> list[dict[str, str]]:
-    """One entry for each alarm of a run, however often it rang; critical ones first."""
+    """One entry for each alarm of a run, however long it was up; critical ones first."""
     found: list[dict[str, str]] = []
     for run in runs:
-        key = lambda alarm: (alarm.severity != "critical", alarm.name)  # noqa: E731
-        for _, group in groupby(sorted(run.alarms, key=key), key):
-            rung: list[Alarm] = sorted(group, key=lambda alarm: alarm.step)
-            first, last = rung[0].step, rung[-1].step
-            when = f"step {first}" if first == last else f"steps {first} to {last}"
-            entry = {
-                "run": run.name,
-                "name": rung[-1].name,
-                "severity": rung[-1].severity,
-                "when": when + (f", {len(rung)} times" if len(rung) > 1 else ""),
-                "message": rung[-1].message,
-                "remedy": rung[-1].remedy,
-            }
-            found.append(entry)
+        by_name = sorted(run.alarms, key=lambda alarm: (alarm.name, alarm.step))
+        for _, group in groupby(by_name, key=lambda alarm: alarm.name):
+            rung = list(group)
+            found.append(_entry(run, rung[-1], _when([alarm.step for alarm in rung])))
+        if run.no_limits:
+            message = (
+                f"alarms are by the default limits, as those of the run are lost: {run.no_limits}"
+            )
+            remedy = "Make the report with the version of miles-lite that made the run"
+            found.append(_entry(run, Alarm(0, "limits", "note", message, remedy), "all steps"))
     return sorted(found, key=lambda entry: entry["severity"] != "critical")
+
+
+def _entry(run: RunData, alarm: Alarm, when: str) -> dict[str, str]:
+    return {
+        "run": run.name,
+        "name": alarm.name,
+        "severity": alarm.severity,
+        "when": when,
+        "message": alarm.message,
+        "remedy": alarm.remedy,
+    }
+
+
+def _when(up: Sequence[int]) -> str:
+    """At which steps an alarm was up."""
+    first, last = up[0], up[-1]
+    if first == last:
+        return f"step {first}"
+    span = f"steps {first} to {last}"
+    return span if len(up) == last - first + 1 else f"{len(up)} of the {span}"
 
 
 # ------------------------------------------------------------------ curves
@@ -258,11 +274,13 @@ def planned(runs: Sequence[RunData]) -> Table:
 
 # ------------------------------------------------------------------ memory
 
+_ORDER = ("generate", "train", "sync")
+
 
 def memory(run: RunData) -> Stack:
-    """The most bytes held after entering each phase, by holder."""
-    peaks = _peaks(run)
-    phases = [p for p in ("generate", "train", "sync") if any(p == key[0] for key in peaks)]
+    """The most bytes held on devices after entering each phase, by holder."""
+    peaks = {key: held for key, held in _peaks(run).items() if key[2] not in WHOLES}
+    phases = [phase for phase in _ORDER if any(phase == key[0] for key in peaks)]
     holders = dict.fromkeys((party, kind) for _, party, kind in peaks)
     parts = {
         f"{party} {kind}": [peaks.get((phase, party, kind), 0.0) for phase in phases]
@@ -289,7 +307,7 @@ def memory_table(runs: Sequence[RunData]) -> Table:
         for holder in (*stack.parts, "all")
     )
     rows: list[list[Cell]] = []
-    for phase, holder in sorted(keys, key=lambda key: ("generate", "train", "sync").index(key[0])):
+    for phase, holder in sorted(keys, key=lambda key: _ORDER.index(key[0])):
         row: list[Cell] = [str(phase), holder]
         for stack in stacks.values():
             parts = stack.parts if holder == "all" else {holder: stack.parts.get(holder, ())}
@@ -297,7 +315,15 @@ def memory_table(runs: Sequence[RunData]) -> Table:
             held = sum(v[at] or 0.0 for v in parts.values() if v) if at is not None else None
             row.append(size(held))
         rows.append(row)
-    note = "Of all devices together, the most after entering the phase."
+    peaks = {run.name: _peaks(run) for run in runs}
+    wholes = {key for found in peaks.values() for key in found if key[2] in WHOLES}
+    for phase, party, kind in sorted(wholes, key=lambda key: (_ORDER.index(key[0]), key)):
+        held_by = [found.get((phase, party, kind)) for found in peaks.values()]
+        rows.append([phase, f"{party}: {WHOLES[kind]}", *map(size, held_by)])
+    note = (
+        "Of all devices together, the most after entering the phase. Host memory, which no other "
+        "process shares, is no part of it."
+    )
     return Table("Memory by phase", ["Phase", "Held by", *stacks], rows, note)
 
 

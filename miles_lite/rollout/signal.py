@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from miles_lite.algo.credit import dead_step_reason, has_signal
-from miles_lite.types import Group, TrainSequence
+from miles_lite.algo.credit import dead_step_reason
+from miles_lite.protocols import Metrics
+from miles_lite.types import Group
 
 
 class NoSignalError(RuntimeError):
-    """No sample had an advantage for several steps in a row. Says the likely cause."""
+    """No answer told right from wrong for several steps in a row. Says the likely cause."""
 
 
 class SignalWatch:
-    """max_dead_steps: steps in a row without any advantage that end the run; 0 never does.
+    """max_dead_steps: steps in a row that teach nothing which end the run; 0 never does.
 
     num_dead: how many there have been, part of the state of a run.
     """
@@ -22,12 +23,12 @@ class SignalWatch:
         self._max_dead_steps = max_dead_steps
         self.num_dead = 0
 
-    def look(self, groups: Sequence[Group], sequences: Sequence[TrainSequence]) -> None:
-        """At every step. Raises NoSignalError."""
-        self.num_dead = 0 if has_signal(sequences) else self.num_dead + 1
+    def look(self, groups: Sequence[Group], metrics: Metrics) -> None:
+        """At every step, with its rollout_metrics. Raises NoSignalError."""
+        self.num_dead = 0 if metrics["rollout/taught_ratio"] else self.num_dead + 1
         if self._max_dead_steps and self.num_dead >= self._max_dead_steps:
             raise NoSignalError(
-                f"{self.num_dead} steps in a row taught nothing, all advantages were 0: "
+                f"{self.num_dead} steps in a row taught nothing of right and wrong: "
                 f"{dead_step_reason(groups)}. `miles-lite reward-audit` tells more; "
                 "reward.max_dead_steps=0 goes on regardless"
             )

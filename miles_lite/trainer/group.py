@@ -20,6 +20,7 @@ from miles_lite.protocols import (
     Engine,
     EnginesLost,
     Metrics,
+    NonFiniteError,
     Phase,
     Rollout,
     StepResult,
@@ -77,7 +78,10 @@ class TrainerGroup:
         metrics["perf/actor_train_tok_per_s"] = num_tokens / metrics["perf/actor_train_time"]
         logprobs = {k: v for report in reports for k, v in report.logprobs.items()}
         entropies = {k: v for report in reports for k, v in report.entropies.items()}
-        return StepResult(metrics, logprobs, entropies)
+        result = StepResult(metrics, logprobs, entropies)
+        if broken := reports[0].broken:
+            raise NonFiniteError(f"the trainer failed in 'step': {broken}", result)
+        return result
 
     def _start_on_shares(self, method: str, shares: Sequence[Any]) -> list[Call]:
         """Samples travel by reference: one object a DP rank, fetched by the ranks that need it."""

@@ -15,7 +15,6 @@ from miles_lite.algo.credit import (
     Estimator,
     advantages,
     dead_step_reason,
-    has_signal,
     is_repetitive,
     overlong_penalty,
     rollout_metrics,
@@ -130,7 +129,7 @@ def test_what_has_no_verdict_is_left_out_or_counts_as_wrong_as_the_run_says() ->
     wrong = to_sequences(groups, replace(DR_GRPO, drop_invalid=False))
     assert all(s.counts for s in wrong)
     assert [s.advantage for s in wrong] == [0.75, -0.25, -0.25, -0.25]
-    metrics = rollout_metrics(groups, dropped)
+    metrics = rollout_metrics(groups, dropped, DR_GRPO)
     assert metrics["reward/invalid_ratio"] == 0.5
     assert metrics["reward/invalid/timeout"] == 0.25
     assert metrics["reward/invalid/crash"] == 0.25
@@ -141,10 +140,10 @@ def test_what_has_no_verdict_is_left_out_or_counts_as_wrong_as_the_run_says() ->
 def test_a_step_without_any_verdict_reports_no_reward_rather_than_zero() -> None:
     groups = [Group((sample(reason="crash"), sample(reason="crash")))]
     sequences = to_sequences(groups, DR_GRPO)
-    metrics = rollout_metrics(groups, sequences)
+    metrics = rollout_metrics(groups, sequences, DR_GRPO)
     assert "rollout/raw_reward" not in metrics
     assert "rollout/rewards" not in metrics
-    assert not has_signal(sequences)
+    assert metrics["rollout/taught_ratio"] == 0
     assert "2 of 2 answers without verdict (crash)" in dead_step_reason(groups)
 
 
@@ -161,7 +160,9 @@ def test_the_overlong_penalty_enters_the_advantage_but_not_the_raw_reward() -> N
     sequences = to_sequences(groups, settings)
     assert [s.reward for s in sequences] == [0.0, 1.0]
     assert [s.advantage for s in sequences] == [-0.5, 0.5]
-    assert rollout_metrics(groups, sequences)["rollout/raw_reward"] == 1.0
+    metrics = rollout_metrics(groups, sequences, settings)
+    assert metrics["rollout/raw_reward"] == 1.0
+    assert metrics["rollout/taught_ratio"] == metrics["rollout/zero_advantage_ratio"] == 0.0
 
 
 def test_a_filtered_overlong_answer_has_no_loss_but_stays_in_the_baseline() -> None:
@@ -209,6 +210,7 @@ def test_rollout_metrics_by_hand() -> None:
         "rollout/repetition_frac": 0.1,
         "rollout/not_counted_ratio": 0.0,
         "rollout/zero_advantage_ratio": 0.8,
+        "rollout/taught_ratio": 0.2,
         "rollout/marker/think_end": 0.1,
         "rollout/marker/boxed": 0.1,
         "rollout/marker/answer": 0.0,
@@ -224,12 +226,30 @@ def test_rollout_metrics_by_hand() -> None:
         "rollout/weight_version/mixed_version_ratio": 0.2,
         "reward/invalid_ratio": 0.0,
     }
-    assert rollout_metrics(groups, to_sequences(groups, DR_GRPO)) == pytest.approx(expected)
+    found = rollout_metrics(groups, to_sequences(groups, DR_GRPO), DR_GRPO)
+    assert found == pytest.approx(expected)
 
 
-def test_a_step_has_signal_if_one_sample_that_counts_differs_from_its_group() -> None:
-    assert has_signal(to_sequences([group(0, 0), group(0, 1)], DR_GRPO))
-    assert not has_signal(to_sequences([group(0, 0), group(1, 1)], DR_GRPO))
+@pytest.mark.parametrize(
+    ("estimator", "groups", "taught"),
+    [
+        ("grpo", [group(0, 0), group(0, 1)], 0.5),
+        ("grpo", [group(0, 0), group(1, 1)], 0.0),
+        ("rloo", [group(0, 0.5, 1)], 2 / 3),  # the middle one has no advantage
+        ("reinforce_plus_plus", [group(0, 0), group(1, 1)], 1.0),  # compared with the batch
+        ("reinforce_plus_plus", [group(1, 1), group(1, 1)], 0.0),
+        ("reinforce_plus_plus_baseline", [group(1, 1), group(0, 0)], 0.0),
+    ],
+)
+def test_an_answer_teaches_if_its_reward_is_not_that_of_all_it_is_compared_with(
+    estimator: Estimator, groups: list[Group], taught: float
+) -> None:
+    settings = replace(DR_GRPO, estimator=estimator)
+    found = rollout_metrics(groups, to_sequences(groups, settings), settings)
+    assert found["rollout/taught_ratio"] == pytest.approx(taught)
+
+
+def test_a_dead_step_is_described() -> None:
     reason = dead_step_reason([group(0, 0), group(1, 1)])
     assert "rewards between 0 and 1, equal in each group" in reason
     assert "0% with boxed" in reason

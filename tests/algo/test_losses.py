@@ -16,7 +16,7 @@ from torch import Tensor
 from miles_lite.algo import losses
 from miles_lite.algo.losses import LogProbs, LossSettings, kl_estimate, policy_loss, responses
 from miles_lite.config import AlgoConfig, CorrectionConfig
-from miles_lite.metrics import Partial, Sum, finish, merge
+from miles_lite.metrics import Mean, Partial, Sum, finish, merge
 from miles_lite.types import MicroBatch, TrainSequence
 
 ALL_TERMS = LossSettings(
@@ -235,6 +235,20 @@ def test_the_parts_add_up() -> None:
         + ALL_TERMS.kl_loss_coef * parts["train/kl_loss"]
         - ALL_TERMS.entropy_coef * parts["train/entropy_loss"]
     )
+
+
+def test_token_entropy_is_nats_a_token_whatever_the_weights() -> None:
+    """Dr.GRPO's weights add up to the length over a constant, RLOO's to the length, and less where
+    sequences are spared: as sums of the loss they would tell of 0.29, 7 or 0.07 nats."""
+    zeros, entropy = torch.zeros(10), torch.full((10,), 0.7)
+    entropy[6:] = 5.0  # of a sequence that is not trained on
+    for weight in (1 / 24, 1.0, 0.01):
+        weights = torch.tensor([weight] * 6 + [0.0] * 4)
+        logprobs = LogProbs(zeros, zeros, unread(zeros), entropy=entropy)
+        _, partials = policy_loss(logprobs, zeros, weights, (6, 4), LossSettings())
+        assert partials["train/token_entropy"].finish() == pytest.approx(0.7)
+        assert partials["train/entropy_loss"].finish() == pytest.approx(6 * weight * 0.7)
+    assert partials["train/token_entropy"] == Mean(pytest.approx(4.2), 6.0)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from multiprocessing.shared_memory import SharedMemory
 
-from miles_lite.cluster.lease import Lease
+from miles_lite.cluster.lease import RESIDENT, Lease, resident_bytes, total_bytes
 from miles_lite.protocols import Phase
 
 
@@ -55,6 +56,8 @@ def test_what_is_held_is_that_after_both_have_moved() -> None:
     for phase in (Phase.sync, Phase.generate, Phase.train):
         lease.enter(phase)
     held = {name: value for name, value in lease.metrics().items() if name.startswith("memory/")}
+    for phase in ("sync", "generate", "train"):
+        assert held.pop(f"memory/{phase}/driver_resident_bytes") > 10 << 20
     assert held == {
         "memory/sync/trainer_weights_bytes": 0,
         "memory/sync/trainer_device_bytes": 0,
@@ -66,3 +69,22 @@ def test_what_is_held_is_that_after_both_have_moved() -> None:
         "memory/train/trainer_device_bytes": 7,
         "memory/train/rollout_weights_bytes": 0,
     }
+
+
+def test_processes_together_hold_the_sum_but_of_resident_memory_the_most_of_one() -> None:
+    ranks = [{"weights": 3, RESIDENT: 7}, {"weights": 4, RESIDENT: 5}, {"cache": 1}]
+    assert total_bytes(ranks) == {"weights": 7, RESIDENT: 7, "cache": 1}
+
+
+def test_resident_memory_grows_with_what_is_kept_but_not_with_what_is_shared() -> None:
+    before = resident_bytes()
+    kept = bytearray(b"x") * (64 << 20)
+    own = resident_bytes() - before
+    assert len(kept) <= own < len(kept) + (8 << 20)
+    shared = SharedMemory(create=True, size=64 << 20)
+    try:
+        shared.buf[:] = kept
+        assert resident_bytes() - before < own + (8 << 20)
+    finally:
+        shared.close()
+        shared.unlink()

@@ -9,7 +9,7 @@ import pytest
 from miles_lite.report import drift, sections, waste
 from miles_lite.report.names import percent, seconds, size, words
 from miles_lite.report.runs import read_runs
-from tests.report.planted import metrics
+from tests.report.planted import looked_at, metrics, plant
 
 
 def rows(table: sections.Table) -> dict[str, list[str]]:
@@ -67,13 +67,38 @@ def test_memory_is_the_most_after_entering_a_phase(small: Path) -> None:
     stack = sections.memory(run)
     assert stack.labels == ["generate", "train"]
     assert stack.parts["engine cache"] == [4e9 + 5, 0.0]
-    assert sections.memory_table([run]).rows[-1] == ["train", "all", "8 GB"]
+    assert stack.parts["trainer weights"] == [0.0, 2e9] and len(stack.parts) == 3
+    *_, held, device, resident = sections.memory_table([run]).rows
+    assert held == ["train", "all", "8 GB"]  # what the device holds in all is no part of it
+    assert device == ["train", "trainer: everything on the devices", "8.5 GB"]
+    assert resident == ["train", "trainer: host memory of the largest process", "3 GB"]
 
 
 def test_alarms_are_told_once_each_and_critical_ones_first(small: Path) -> None:
     first, second = sections.alarms(read_runs([small]))
     assert (first["name"], first["when"]) == ("first_ratio", "step 4")
-    assert (second["name"], second["when"]) == ("drift", "steps 0 to 2, 2 times")
+    assert (second["name"], second["when"]) == ("drift", "2 of the steps 0 to 2")
+
+
+def test_an_alarm_that_lasts_is_told_with_its_last_step(tmp_path: Path) -> None:
+    drifts = looked_at(train__train_rollout_logprob_abs_diff=0.06)
+    run = plant(tmp_path, "lasting", 8, troubles=dict.fromkeys(range(1, 7), drifts))
+    first, second = sections.alarms(read_runs([run]))
+    assert (first["name"], first["when"]) == ("not_finite", "step 3")
+    assert (second["name"], second["when"]) == ("drift", "steps 1 to 6")
+
+
+@pytest.mark.parametrize("config", ["", "experiment: x\nno_such_key: 1\n"])
+def test_without_its_limits_a_run_is_judged_by_the_default_ones(
+    tmp_path: Path, small: Path, config: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes((small / "metrics.jsonl").read_bytes())
+    if config:
+        (tmp_path / "config.yaml").write_text(config)
+    *told, limits = sections.alarms(read_runs([tmp_path]))
+    assert [entry["name"] for entry in told] == ["first_ratio", "drift"]
+    assert (limits["name"], limits["severity"]) == ("limits", "note")
+    assert ("no_such_key" if config else "config.yaml") in limits["message"]
 
 
 def test_drift_is_told_in_parts_and_with_what_was_found(small: Path, other: Path) -> None:

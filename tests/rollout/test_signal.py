@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from miles_lite.algo.credit import CreditSettings, to_sequences
+from miles_lite.algo.credit import CreditSettings, rollout_metrics, to_sequences
 from miles_lite.compose import compose
 from miles_lite.rollout.signal import NoSignalError, SignalWatch
 from miles_lite.types import Completion, Finish, Group, Prompt, Sample, Verdict
@@ -20,8 +22,8 @@ def group(*rewards: float | str) -> Group:
     return Group(tuple(Sample(prompt, completion, "\\boxed{3", v) for v in verdicts))
 
 
-def look(watch: SignalWatch, *groups: Group) -> None:
-    watch.look(groups, to_sequences(groups, CREDIT))
+def look(watch: SignalWatch, *groups: Group, credit: CreditSettings = CREDIT) -> None:
+    watch.look(groups, rollout_metrics(groups, to_sequences(groups, credit), credit))
 
 
 def test_dead_steps_in_a_row_end_the_run() -> None:
@@ -60,7 +62,17 @@ def test_rewards_that_whitening_will_level_teach_nothing() -> None:
             ]
         )
     )
-    groups = [group(1, 1), group(1, 1)]
     with pytest.raises(NoSignalError, match="rewards between 1 and 1"):
-        SignalWatch(1).look(groups, to_sequences(groups, credit))
-    SignalWatch(1).look([group(1, 0)], to_sequences([group(1, 0)], credit))
+        look(SignalWatch(1), group(1, 1), group(1, 1), credit=credit)
+    look(SignalWatch(1), group(1, 0), credit=credit)
+    look(SignalWatch(1), group(1, 1), group(0, 0), credit=credit)  # the batch is the baseline
+
+
+def test_what_length_alone_distinguishes_teaches_nothing() -> None:
+    short, long = (group(0, 0).samples[0] for _ in range(2))
+    long = replace(long, completion=Completion((5,) * 20, (-1.0,) * 20, 0, Finish.length))
+    credit = replace(CREDIT, max_response_len=20, overlong_buffer=10, overlong_penalty=1.0)
+    groups = [Group((short, long))]
+    assert {s.advantage > 0 for s in to_sequences(groups, credit)} == {True, False}
+    with pytest.raises(NoSignalError, match="rewards between 0 and 0"):
+        look(SignalWatch(1), *groups, credit=credit)

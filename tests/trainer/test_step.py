@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,6 +49,7 @@ class Trained:
     entropies: dict[int, list[float]]
     rows: list[tuple[str, int, int, Any]]  # tensor, dim, start, numpy rows after the step
     held: dict[str, dict[str, int]]  # phase -> kind -> bytes
+    broken: str = ""
 
 
 def sequences(num: int, vocab: int = 128) -> list[TrainSequence]:
@@ -128,7 +131,7 @@ def train(world: World, jobs: list[Job]) -> list[Trained]:
             for tensor, start, off, n in iter_segments(h)
         ]
         said = report.partials, report.logprobs, report.entropies
-        done.append(Trained(*said, rows, held))  # pyright: ignore
+        done.append(Trained(*said, rows, held, report.broken))  # pyright: ignore
         setup.destroy()
     return done
 
@@ -163,7 +166,8 @@ def run(jobs: list[Job], fn: Any = train) -> list[tuple[Trained, dict[str, torch
         metrics = finish(merge(*(r.metrics for r in ranks)))
         logprobs = {k: v for r in ranks for k, v in r.logprobs.items()}
         entropies = {k: v for r in ranks for k, v in r.entropies.items()}
-        merged = Trained(metrics, logprobs, entropies, [], ranks[0].held)
+        (broken,) = {r.broken for r in ranks}  # all say the same
+        merged = Trained(metrics, logprobs, entropies, [], ranks[0].held, broken)
         results.append((merged, assemble([row for r in ranks for row in r.rows])))
     return results
 
@@ -289,6 +293,28 @@ def test_an_update_without_any_verdict(tiny: Tiny) -> None:
     assert drift == pytest.approx(statistics.fmean(diffs), rel=1e-4)
     loaded = _hf_weights(tiny.folder)
     assert any(not torch.equal(tensor, loaded[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("advantage", "metric", "said"),
+    [
+        (math.nan, "train/loss", "a loss is NaN"),
+        (1e38, "train/grad_norm", "gradient norm is (nan|inf) at update 0"),
+    ],
+)
+def test_what_is_not_finite_changes_no_weight_and_is_told(
+    tiny: Tiny, advantage: float, metric: str, said: str
+) -> None:
+    """With log-probs, drift and the culprit, so that it can be looked into."""
+    made = [replace(s, advantage=advantage) if s.sample == 0 else s for s in sequences(16)]
+    layout = dims(dp=2, ep=2)
+    ((trained, weights),) = run([(spec_of(tiny.folder, layout), [packed(made, 2)])])
+    assert re.search(said, trained.broken)
+    assert not math.isfinite(trained.metrics[metric])
+    assert trained.metrics["train/train_rollout_logprob_abs_diff"] < 10
+    assert len(trained.logprobs) >= 15  # all that count; the spared may keep company
+    loaded = _hf_weights(tiny.folder)
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in weights.items())
 
 
 def test_memory_of_phases(single: Any) -> None:

@@ -344,8 +344,9 @@ def one_step(number: int, stages: Stages, cfg: Config, parts: Any, run: Run) -> 
     with stages("generate"):
         drawn = rollout.generate(parts.prompts)
     with stages("credit, metrics"):
-        sequences = to_sequences(drawn.groups, CreditSettings.of(cfg))
-        metrics = rollout_metrics(drawn.groups, sequences)
+        credit = CreditSettings.of(cfg)
+        sequences = to_sequences(drawn.groups, credit)
+        metrics = rollout_metrics(drawn.groups, sequences, credit)
     with stages("pack"):
         batch = pack(sequences, parts.packing)
         packing_metrics(batch, parts.packing)

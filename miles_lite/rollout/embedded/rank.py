@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from miles_lite.cluster.lease import RESIDENT, resident_bytes
 from miles_lite.cluster.rendezvous import TCPStore, open_store
 from miles_lite.cluster.roll import Here
 from miles_lite.models.nemotron_h import NemotronH
@@ -123,6 +124,7 @@ class EngineRank:
         return {
             "weights": sum(tensor.nbytes for tensor in self.model.weights.values()),
             "cache": cache.num_bytes if cache else 0,
+            RESIDENT: resident_bytes(),
         }
 
     # --- weights ---

@@ -34,3 +34,4 @@ class RankReport:
     partials: dict[str, Partial]
     logprobs: TokenValues  # before the first update
     entropies: TokenValues  # of the same distributions
+    broken: str = ""  # what was not finite, so that no weight was changed from there on

@@ -24,8 +24,12 @@ from miles_lite.config import OptimConfig
 from miles_lite.trainer.megatron.memory import storages
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; nothing was applied to the weights."""
+class NonFiniteNorm(RuntimeError):
+    """The gradient's norm is NaN or infinite; nothing was applied to the weights."""
+
+    def __init__(self, norm: float, update: int) -> None:
+        super().__init__(f"gradient norm is {norm} at update {update}; no weight was changed")
+        self.norm = norm
 
 
 def wrap_ddp(model: torch.nn.Module) -> DistributedDataParallel:
@@ -118,7 +122,7 @@ class Optimizer:
     def step(self) -> float:
         """Clip and apply the gradients; the global gradient norm before clipping.
 
-        Raises NonFiniteError on every rank, with the weights as they were.
+        Raises NonFiniteNorm on every rank, with the weights as they were.
         """
         for group in self.inner.param_groups:
             group["lr"] = self.learning_rate() * group.get("lr_mult", 1.0)
@@ -158,9 +162,7 @@ class Optimizer:
         def checked() -> float:
             norm = norm_of()
             if not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"gradient norm is {norm} at update {self._updates}; no weight was changed"
-                )
+                raise NonFiniteNorm(norm, self._updates)
             return norm
 
         self.inner.get_grad_norm = checked

@@ -27,7 +27,7 @@ from miles_lite.protocols import TokenValues
 from miles_lite.trainer.megatron.forward import forward_step, packed
 from miles_lite.trainer.megatron.messages import RankReport
 from miles_lite.trainer.megatron.model import unwrap
-from miles_lite.trainer.megatron.optimizer import NonFiniteError, Optimizer
+from miles_lite.trainer.megatron.optimizer import NonFiniteNorm, Optimizer
 from miles_lite.trainer.megatron.replay import RoutingReplay
 from miles_lite.trainer.megatron.token_credit import Facts, Known, token_credit
 from miles_lite.types import MicroBatch
@@ -90,21 +90,23 @@ class Step:
         known = self._know(share, old, reference)
         begin_train = time.perf_counter()
         report: dict[str, Partial] = {}
+        broken = ""
         for index, (micro_batches, facts) in enumerate(zip(share, known, strict=True)):
-            told, outputs = self._update(micro_batches, facts, is_first=index == 0)
+            told, outputs, broken = self._update(micro_batches, facts, is_first=index == 0)
             report = merge(report, told)
             if on_policy:
                 scored = [outputs]
                 old = [_logprobs(outputs)]
                 known = [[replace(k, old=o) for k, o in zip(facts, old[0], strict=True)]]
+            if broken:
+                break
         times["perf/actor_train_time"] = Max(time.perf_counter() - begin_train)
         if not self._reports:
-            return RankReport(merge(routing, times), {}, {})
+            return RankReport(merge(routing, times), {}, {}, broken)
         report = merge(report, *(_before_training(each) for each in chain.from_iterable(known)))
         entropies = [[out[1] for out in outputs] for outputs in scored]
-        return RankReport(
-            merge(report, routing, times), _by_sample(share, old), _by_sample(share, entropies)
-        )
+        logprobs, entropies = _by_sample(share, old), _by_sample(share, entropies)
+        return RankReport(merge(report, routing, times), logprobs, entropies, broken)
 
     def refresh_reference(self) -> None:
         """From now on the KL is to the policy as it is."""
@@ -204,8 +206,9 @@ class Step:
 
     def _update(
         self, micro_batches: Sequence[MicroBatch], facts: Sequence[Known], is_first: bool
-    ) -> tuple[dict[str, Partial], list[torch.Tensor]]:
-        """What it tells, and log-probs and entropies [2, N] of its forward pass."""
+    ) -> tuple[dict[str, Partial], list[torch.Tensor], str]:
+        """What it tells, log-probs and entropies [2, N] of its forward pass, and what of it is not
+        finite: then every rank says so, and no weight was changed."""
         self._ddp.zero_grad_buffer()
         self._optimizer.inner.zero_grad()
         parts: list[dict[str, Partial]] = []
@@ -241,24 +244,23 @@ class Step:
             return loss
 
         losses = self._schedule(micro_batches, loss_of, replayed=True, train=True)
-        self._refuse_non_finite_loss(losses)
+        told = merge(*_mean_over_updates(parts)) if self._reports else {}
+        if broken := self._non_finite_loss(losses):
+            return told, outputs, broken
         lr = self._optimizer.learning_rate()
-        norm = self._optimizer.step()
+        try:
+            norm = self._optimizer.step()
+        except NonFiniteNorm as error:
+            norm, broken = error.norm, str(error)
         shared: dict[str, Partial] = {"train/grad_norm": Mean(norm, 1), "train/lr-pg_0": Max(lr)}
-        told = merge(shared, *_mean_over_updates(parts)) if self._reports else {}
-        return told, outputs
+        return merge(shared, told) if self._reports else {}, outputs, broken
 
-    def _refuse_non_finite_loss(self, losses: Sequence[torch.Tensor]) -> None:
-        """Agree over all ranks, so that every rank stops here and names the same cause."""
+    def _non_finite_loss(self, losses: Sequence[torch.Tensor]) -> str:
+        """Agreed on by all ranks, so that every rank stops here and names the same cause."""
         broken = any(not bool(torch.isfinite(loss)) for loss in losses)
         flag = torch.tensor([float(broken)], device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if flag.item():
-            raise NonFiniteError(
-                "a loss is NaN or infinite "
-                + ("on this rank" if broken else "on another rank")
-                + "; no weight was changed"
-            )
+        return "a loss is NaN or infinite; no weight was changed" if flag.item() else ""
 
     def _schedule(
         self,

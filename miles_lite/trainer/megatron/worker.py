@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from miles_lite import log
+from miles_lite.cluster.lease import RESIDENT, resident_bytes
 from miles_lite.cluster.rendezvous import open_store
 from miles_lite.cluster.roll import Here
 from miles_lite.intact import file_digest, writing
@@ -124,7 +125,7 @@ class MegatronWorker:
         return self.held_bytes()
 
     def held_bytes(self) -> dict[str, int]:
-        return self._memory.held_bytes()
+        return self._memory.held_bytes() | {RESIDENT: resident_bytes()}
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> TokenValues:
         """Sample -> log-probs of its response tokens now. Only ranks that compute losses know."""
