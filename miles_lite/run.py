@@ -182,8 +182,11 @@ class Run:
         result: StepResult,
         sequences: Sequence[TrainSequence],
     ) -> None:
-        """Every sample of a step, with what the trainer said of those that it saw. sequences: in
-        rollout order. They are written beside what comes next, until `settle`."""
+        """Every sample of a step, with what the trainer said of those that it saw; none if
+        `log.samples` is off. sequences: in rollout order. They are written beside what comes next,
+        until `settle`."""
+        if not self.config["log"]["samples"]:
+            return
         self.settle()
         samples = [sample for group in groups for sample in group.samples]
         records = (

@@ -60,9 +60,9 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         try:
             result = trainer.step(batch)
         except NonFiniteError as error:  # leave what tells the alarm, and the samples to look at
-            run.log(step, error.result.metrics | alarms.look(step, error.result.metrics))
-            if cfg.log.samples:
-                run.save_samples(step, drawn.groups, error.result, sequences)
+            metrics |= error.result.metrics
+            run.log(step, metrics | alarms.look(step, metrics))
+            run.save_samples(step, drawn.groups, error.result, sequences)
             raise
         if _due(step + 1, cfg.algo.ref_update_interval):
             trainer.refresh_reference()
@@ -81,8 +81,7 @@ def train(cfg: Config, run: Run, parts: Parts, console: Console, stop: StopReque
         if alarms.fatal:
             stop.ask(AlarmError(str(alarms.fatal)))
         run.log(step, metrics)
-        if cfg.log.samples:
-            run.save_samples(step, drawn.groups, result, sequences)
+        run.save_samples(step, drawn.groups, result, sequences)
         console.step(step, metrics)
         watch.look(drawn.groups, metrics)
         resume.complete(run, parts)  # what an earlier step began

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
+import hypothesis
 import pytest
+
+# no test is a matter of how busy the machine is
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 MAX_CHARS = 1_000_000  # kept of what a test printed or logged
 

@@ -352,7 +352,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoints, dict[Pat
     return checkpoints, {file: file.read_bytes() for file in files}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     file=st.sampled_from(["state.json", "manifest.json"]),
     key=st.sampled_from([*STATE, "step", "hash", "files", "state.json"]),
@@ -376,7 +376,7 @@ def test_any_value_of_a_checkpoint_is_told_or_skipped(
     assert steps(checkpoints) in ([1], [2, 1])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(at=st.floats(0, 1, exclude_max=True), new=st.binary(max_size=4), cut=st.booleans())
 def test_any_byte_of_a_probe_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, at: float, new: bytes, cut: bool

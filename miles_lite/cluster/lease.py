@@ -56,8 +56,9 @@ def total_bytes(parts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
     return total
 
 
-def resident_bytes() -> int:
-    """Host memory of this process that is its own. Pages that it shares (Ray's objects, weights on
-    their way) count as its own outside of Linux, which alone tells them apart."""
-    held = psutil.Process().memory_info()
+def resident_bytes(process: psutil.Process | None = None) -> int:
+    """Host memory of a process, by default this one, that is its own. Pages that it shares (Ray's
+    objects, weights on their way) count as its own outside of Linux, which alone tells them
+    apart."""
+    held = (process or psutil.Process()).memory_info()
     return held.rss - getattr(held, "shared", 0)

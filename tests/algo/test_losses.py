@@ -372,7 +372,7 @@ def micro_batch_loss(
     )
 
 
-@examples(deadline=None, max_examples=40)
+@examples(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 9)), min_size=6, max_size=6),
     st.lists(st.integers(0, 3), min_size=6, max_size=6),

@@ -91,7 +91,7 @@ def cases(draw: st.DrawFn) -> tuple[list[TrainSequence], PackSettings]:
     return made, chosen
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 @given(cases())
 def test_what_holds_of_every_batch(case: tuple[list[TrainSequence], PackSettings]) -> None:
     drawn, chosen = case
@@ -116,7 +116,7 @@ def test_what_holds_of_every_batch(case: tuple[list[TrainSequence], PackSettings
     assert pack(drawn, chosen) == batch
 
 
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_loss_does_not_depend_on_packing(
     case: tuple[list[TrainSequence], PackSettings], rng: random.Random
@@ -224,7 +224,7 @@ def test_ranks_are_balanced_by_cost_not_by_tokens() -> None:
     assert companions[0] == 0 < companions[1]  # it costs 9600, seven short ones 8400
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @given(st.integers(2, 3), st.lists(st.integers(1, 90), min_size=6, max_size=6))
 def test_the_split_is_close_to_the_best_one(dp: int, lengths: list[int]) -> None:
     """At most 4/3 - 1/(3 dp) of the optimum (Michiels et al. 2003)."""

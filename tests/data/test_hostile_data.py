@@ -127,7 +127,7 @@ ROWS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(rows=st.lists(ROWS | JSON, min_size=1, max_size=3))
 def test_any_json(folder: Path, render: RenderSettings, rows: list[Any]) -> None:
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
@@ -136,7 +136,7 @@ def test_any_json(folder: Path, render: RenderSettings, rows: list[Any]) -> None
         assert re.match(rf"{folder}/any\.jsonl(:\d+: |: | holds)", found), found
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(
     st.binary(max_size=200)
     | st.tuples(st.integers(0, len(OK) - 1), st.binary(max_size=4)).map(
@@ -154,7 +154,7 @@ def packed(folder: Path) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @example(changes=[(0.25, 128)], kept=1.0)  # the name of a column is no text
 @given(
     changes=st.lists(

@@ -109,7 +109,7 @@ def mixture(make: Make, seed: int = 3) -> PromptSource:
     return PromptSource(sources, [weight for _, weight in SIZES], seed)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(taken=st.lists(SMALL, max_size=6), back=SMALL, other=SMALL)
 def test_going_on_from_any_position(
     make: Make, taken: Sequence[int], back: int, other: int

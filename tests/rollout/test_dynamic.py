@@ -66,7 +66,7 @@ def uids(filled: Filled) -> list[str]:
     return [g.samples[0].prompt.uid for g in filled.kept]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 8), st.integers(0, 20), st.integers(0, 10**6))
 def test_timing_and_over_sampling_change_nothing(wanted: int, at_once: int, seed: int) -> None:
     stream = Stream()

@@ -181,7 +181,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(st.sampled_from([CHAT, TEXT]), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_any_json_is_answered_or_refused(
     client: TestClient, path: str, change: dict[str, Any]

@@ -41,7 +41,7 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-FUZZ = settings(max_examples=150, deadline=None, derandomize=True)
+FUZZ = settings(max_examples=150, derandomize=True)
 
 
 @pytest.fixture(scope="module")

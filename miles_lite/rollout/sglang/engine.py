@@ -19,6 +19,7 @@ import numpy as np
 
 from miles_lite.algo.routing import of_all_layers
 from miles_lite.cluster.actor import Remote, RemoteError, call_all, gather
+from miles_lite.cluster.lease import RESIDENT
 from miles_lite.models.nemotron_h import NemotronH
 from miles_lite.protocols import EngineError, Hosted, Phase
 from miles_lite.rollout.layout import Param
@@ -254,7 +255,8 @@ class SGLangEngine:
         return self.held_bytes()
 
     def held_bytes(self) -> Mapping[str, int]:
-        """Weights by the layout; caches and graphs as SGLang measured them when it came up."""
+        """Weights by the layout; caches and graphs as SGLang measured them when it came up; host
+        memory of its largest process."""
         size = 4 if self._spec.dtype == "fp32" else 2
         weights = sum(
             math.prod(param.shape) * (4 if param.keep_fp32 else size)
@@ -262,10 +264,13 @@ class SGLangEngine:
             for param in rank
         )
         held = {WEIGHTS: weights, CACHE: self._cache_bytes, GRAPHS: self._graph_bytes}
-        return {
-            kind: held[tag] if tag in self._held else 0
-            for kind, tag in (("weights", WEIGHTS), ("cache", CACHE), ("graphs", GRAPHS))
-        }
+        tags = {"weights": WEIGHTS, "cache": CACHE, "graphs": GRAPHS}
+        found = {kind: held[tag] if tag in self._held else 0 for kind, tag in tags.items()}
+        try:
+            resident = call_all(self._heads, "resident_bytes", deadline_s=self.stall_s)
+        except RemoteError as error:
+            raise EngineError(str(error)) from None
+        return found | {RESIDENT: max(resident)}
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         try:

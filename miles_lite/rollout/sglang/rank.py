@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from miles_lite import log
+from miles_lite.cluster.lease import resident_bytes
 from miles_lite.cluster.network import ephemeral_range
 from miles_lite.cluster.roll import Here
 from miles_lite.protocols import Bucket, EngineError
@@ -108,6 +109,14 @@ class SGLangRank:
             return ""
         lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES:]
         return "\n".join([f"{what}; {self._log_file} ends:", *lines])
+
+    def resident_bytes(self) -> int:
+        """The most that a process of this host's server holds, 0 without one."""
+        held = [0]
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # `ended` tells
+                held.append(resident_bytes(process))
+        return max(held)
 
     def address_text(self) -> str:
         return str(self.address)

@@ -14,6 +14,7 @@ import torch
 
 from miles_lite.algo.drift_parts import flip_rate
 from miles_lite.algo.routing import choices
+from miles_lite.cluster.lease import RESIDENT
 from miles_lite.parallel import EngineDims
 from miles_lite.protocols import EngineError, Phase
 from miles_lite.rollout.embedded.options import EngineOptions
@@ -215,7 +216,9 @@ def test_leaving_generate_ends_requests_that_nobody_waits_for(pair: Pair) -> Non
 
     asyncio.run(give_up())
     engine.enter(Phase.train)
-    assert engine.held_bytes() == {"weights": 0, "cache": 0, "graphs": 0}
+    held = dict(engine.held_bytes())
+    assert held.pop(RESIDENT) > 100 << 20  # an interpreter with torch
+    assert held == {"weights": 0, "cache": 0, "graphs": 0}
     assert engine.version == -1
 
 
