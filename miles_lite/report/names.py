@@ -72,6 +72,8 @@ _WORDS = {
     "perf/fill": "Tokens of a micro-batch over its limit",
 }
 
+# what else is told of a held-out set, whose own name may have any sign
+_OF_A_SET = re.compile(r"-((mean|pass)@\d+(-low|-high)?|truncated_ratio|none_reward_ratio)$")
 _PARTIES = {"trainer": "trainer", "rollout": "engine", "driver": "driver"}
 _MEMORY = re.compile(r"memory/(\w+?)/(trainer|rollout|driver)_(\w+)_bytes")
 # kinds that are not parts of what a party holds on its devices, and add up to nothing
@@ -87,7 +89,7 @@ def words(name: str) -> str:
     if found := memory_parts(name):
         phase, party, kind = found
         return f"Bytes in phase {phase}: {party} {WHOLES.get(kind, kind)}"
-    if re.fullmatch(r"eval/[^/-]+", name):
+    if re.fullmatch(r"eval/[^/]+", name) and not _OF_A_SET.search(name):
         return f"Held-out reward: {name.removeprefix('eval/')}"
     if name.startswith("reward/invalid/"):
         return f"Share of answers without a verdict: {name.rpartition('/')[2]}"

@@ -170,7 +170,7 @@ async function drawCharts(data, series) {
   plotly = window.Plotly;
   const names = Object.keys(data.words);
   const add = ([made, draw], place) => { place.append(made); draw(); };
-  const held = names.filter((name) => /^eval\/[^/-]+$/.test(name));
+  const held = names.filter((name) => names.includes(`${name}-truncated_ratio`)); // one a set
   for (const name of data.headlines.flatMap((each) => (each === "eval/*" ? held : [each]))) {
     if (names.includes(name)) add(curve(data, series, name), $("curve-grid"));
   }

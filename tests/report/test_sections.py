@@ -163,5 +163,7 @@ def test_numbers_in_words() -> None:
     assert [size(v) for v in (5, 2.5e6, 141e9)] == ["5 B", "2.5 MB", "141 GB"]
     assert [percent(v) for v in (0.00123, 0.25, None)] == ["0.12 %", "25 %", "–"]
     assert words("plan/perf/step_time") == "Measured over planned: Seconds a step"
-    assert words("eval/gsm8k") == "Held-out reward: gsm8k"
+    assert words("eval/aime-2024") == "Held-out reward: aime-2024"
+    for end in ("truncated_ratio", "mean@8", "pass@1-low"):
+        assert words(f"eval/aime-2024-{end}") == f"eval/aime-2024-{end}"
     assert words("made/up") == "made/up"
