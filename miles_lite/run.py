@@ -52,7 +52,6 @@ from miles_lite.records import TOKEN_FLOATS, SampleRecord
 from miles_lite.records import read_metrics as read_metrics  # part of what a run is
 from miles_lite.records import read_samples as read_samples
 from miles_lite.redact import redacted_settings
-from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
 from miles_lite.untrusted import parse_object
 
@@ -235,8 +234,7 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            asked = isinstance(error, Stopped) or not isinstance(error, Exception)
-            outcome = "interrupted" if asked else "failed"
+            outcome = "failed" if isinstance(error, Exception) else "interrupted"
             try:
                 self.finish({"error": f"{type(error).__name__}: {error}"}, outcome)
             except RunError as second:  # on a full disk, say; the first error is what matters

@@ -15,8 +15,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENDED_ITSELF = 3  # exit status of a run that ended for a reason which starting it again leaves
 
 
-class Stopped(BaseException):
-    """The run was asked to stop, by signal `signum`. Nobody who handles errors is to swallow it."""
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, by signal `signum`. Nobody who handles errors is to swallow it: of
+    what a handler raises, an event loop lets out only this kind, all else it keeps in a task."""
 
     def __init__(self, signum: int, what: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}, {what}")
