@@ -25,7 +25,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from miles_lite.compose import compose
+from miles_lite.intact import RunError, writing
 from miles_lite.launch.child import Child
+from miles_lite.metrics import drop_cut_line
 from miles_lite.run import read_metrics
 from miles_lite.stop import ENDED_ITSELF, SIGNALS
 from miles_lite.summary import RESTARTS
@@ -175,9 +177,15 @@ def _tell(folder: Path, endings: Sequence[Ending], decision: Decision) -> None:
         *(len(endings), decision.wait_s, last.step, decision.why),
     )
     told = {"time": time.time(), "step": last.step, "code": last.code, "cause": last.cause}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / RESTARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(told) + "\n")
+    path = folder / RESTARTS
+    try:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            drop_cut_line(path)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(told) + "\n")
+    except RunError as error:  # the run itself decides whether it can go on
+        logger.error("%s", error)
 
 
 # ------------------------------------------------------------------ the command
