@@ -45,9 +45,9 @@ from miles_lite import environment
 from miles_lite.checkpoints import Checkpoints
 from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
-from miles_lite.intact import RunError, writing
+from miles_lite.intact import writing
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
-from miles_lite.protocols import Metrics, StepResult
+from miles_lite.protocols import Metrics, RunError, StepResult
 from miles_lite.records import TOKEN_FLOATS, SampleRecord
 from miles_lite.records import read_metrics as read_metrics  # part of what a run is
 from miles_lite.records import read_samples as read_samples

@@ -9,6 +9,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
+from miles_lite.protocols import RunError
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -24,7 +26,7 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
-class AlarmError(RuntimeError):
+class AlarmError(RunError):
     """An alarm that is to end the run (alarms.stop). It has saved all it had."""
 
 

@@ -25,9 +25,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from miles_lite.compose import compose
-from miles_lite.intact import RunError, writing
+from miles_lite.intact import writing
 from miles_lite.launch.child import Child
 from miles_lite.metrics import drop_cut_line
+from miles_lite.protocols import RunError
 from miles_lite.run import read_metrics
 from miles_lite.stop import ENDED_ITSELF, SIGNALS
 from miles_lite.summary import RESTARTS

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from miles_lite.algo.credit import dead_step_reason, has_signal
+from miles_lite.protocols import RunError
 from miles_lite.types import Group, TrainSequence
 
 
-class NoSignalError(RuntimeError):
+class NoSignalError(RunError):
     """No sample had an advantage for several steps in a row. Says the likely cause."""
 
 
