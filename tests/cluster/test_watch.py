@@ -11,7 +11,8 @@ from miles_lite.cluster.watch import watched
 from miles_lite.intact import RunError
 
 rename = "open('/proc/self/comm', 'w').write('raylet'); print(flush=True)"
-ray = subprocess.Popen([sys.executable, "-c", f"import time; {rename}; time.sleep(60)"], stdout=subprocess.PIPE)
+words = [sys.executable, "-c", f"import time; {rename}; time.sleep(60)"]
+ray = subprocess.Popen(words, stdout=subprocess.PIPE)
 ray.stdout.readline()
 
 def lost(why):
