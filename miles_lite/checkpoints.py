@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_lite.intact import HASH, OTHER_HASH, to_disk, tree_to_disk, writing
+from miles_lite.protocols import RunError
 from miles_lite.untrusted import check_inner_path, parse_object, short
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ STATE: Mapping[str, type] = {
 Digests = Callable[[Path, Sequence[str]], Mapping[str, str]]  # of files, by their relative names
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """Nothing that was saved can be loaded, or it does not compute what it did."""
 
 

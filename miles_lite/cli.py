@@ -9,8 +9,7 @@ from datetime import datetime
 from miles_lite import log
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
-from miles_lite.intact import RunError
-from miles_lite.protocols import EngineError, RemoteError
+from miles_lite.protocols import RunError
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.stop import ENDED_ITSELF, AlarmError, Stopped
 
@@ -43,10 +42,6 @@ miles-lite serve --model DIR|RUN[@STEP]            an OpenAI-compatible endpoint
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
-
-
-# of a run, told in one line: where they come from is told in it
-FAILURES = (RunError, NoSignalError, AlarmError, CheckpointError, RemoteError, EngineError)
 
 
 def main() -> None:
@@ -84,7 +79,9 @@ def run(words: Sequence[str]) -> int:
     log.setup("driver")
     try:
         commands[words[0]](words[1:])
-    except (ValueError, *FAILURES) as error:
+    except (ValueError, RunError, OSError) as error:
+        if not str(error):  # then only its trace says something
+            raise
         log.say(f"miles-lite {words[0]}: {error}", sys.stderr)
         if words[0] == "train" and isinstance(error, NoSignalError | AlarmError | CheckpointError):
             return ENDED_ITSELF

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import xxhash
 
+from miles_lite.protocols import RunError
+
 # As manifests name it. Against faults and not malice, for which 128 bits are plenty; as fast as
 # memory, where SHA-256 and BLAKE2 are slower than a disk.
 HASH = "xxh3_128"
@@ -46,14 +48,10 @@ def tree_to_disk(folder: Path) -> None:
         to_disk(path)
 
 
-class RunError(RuntimeError):
-    """Something of a run cannot be written. Says what, why, and how full the disk is."""
-
-
 @contextlib.contextmanager
 def writing(path: Path, *kinds: type[BaseException]) -> Iterator[None]:
-    """Turn a failing write into one sentence: a full disk is the usual end of a long run. kinds:
-    what a library makes of an OSError."""
+    """Turn a failing write into RunError, with what, why, and how full the disk is: a full one is
+    the usual end of a long run. kinds: what a library makes of an OSError."""
     try:
         yield
     except (OSError, *kinds) as error:

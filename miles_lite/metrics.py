@@ -119,7 +119,7 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(path)
+        drop_cut_line(path)
         self._file = path.open("ab", buffering=0)  # nothing is left for `close` to fail at
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -140,8 +140,9 @@ class JsonlSink:
         self._file.close()
 
 
-def _drop_cut_line(path: Path) -> None:
-    """A process killed while writing leaves the start of a line; what follows must not join it."""
+def drop_cut_line(path: Path) -> None:
+    """A process killed while writing, or a full disk, leaves the start of a line; what follows must
+    not join it."""
     if not path.exists():
         return
     with path.open("rb+") as file:

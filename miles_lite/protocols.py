@@ -87,11 +87,15 @@ class Bucket:
     num_bytes: int
 
 
-class RemoteError(RuntimeError):
+class RunError(RuntimeError):
+    """Ends a run. Its message is all there is to say: what failed, where, and the way out."""
+
+
+class RemoteError(RunError):
     """A rank failed, died, or did not answer in time. The message names rank and operation."""
 
 
-class EngineError(RuntimeError):
+class EngineError(RunError):
     """An engine cannot answer. The message names engine and rank."""
 
 

@@ -45,14 +45,13 @@ from miles_lite import environment
 from miles_lite.checkpoints import Checkpoints
 from miles_lite.claim import check_same, claim
 from miles_lite.config import CheckpointConfig, Config, ConfigError
-from miles_lite.intact import RunError, writing
+from miles_lite.intact import writing
 from miles_lite.metrics import RUN_ID, JsonlSink, Sink, WandbSink, keep_run_id, kept_run_id
-from miles_lite.protocols import Metrics, StepResult
+from miles_lite.protocols import Metrics, RunError, StepResult
 from miles_lite.records import TOKEN_FLOATS, SampleRecord
 from miles_lite.records import read_metrics as read_metrics  # part of what a run is
 from miles_lite.records import read_samples as read_samples
 from miles_lite.redact import redacted_settings
-from miles_lite.stop import Stopped
 from miles_lite.types import Group, Sample, TrainSequence
 from miles_lite.untrusted import parse_object
 
@@ -238,8 +237,7 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None:
-            asked = isinstance(error, Stopped) or not isinstance(error, Exception)
-            outcome = "interrupted" if asked else "failed"
+            outcome = "failed" if isinstance(error, Exception) else "interrupted"
             try:
                 self.finish({"error": f"{type(error).__name__}: {error}"}, outcome)
             except RunError as second:  # on a full disk, say; the first error is what matters

@@ -9,21 +9,24 @@ import signal
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
+from miles_lite.protocols import RunError
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENDED_ITSELF = 3  # exit status of a run that ended for a reason which starting it again leaves
 
 
-class Stopped(BaseException):
-    """The run was asked to stop, by signal `signum`. Nobody who handles errors is to swallow it."""
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, by signal `signum`. Nobody who handles errors is to swallow it: of
+    what a handler raises, an event loop lets out only this kind, all else it keeps in a task."""
 
     def __init__(self, signum: int, what: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}, {what}")
         self.signum = signum
 
 
-class AlarmError(RuntimeError):
+class AlarmError(RunError):
     """An alarm that is to end the run (alarms.stop). It has saved all it had."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +11,9 @@ from typing import Any
 
 from miles_lite.log import few
 from miles_lite.protocols import Metrics
+from miles_lite.untrusted import numbered_lines, parse_object
+
+logger = logging.getLogger(__name__)
 
 Summary = dict[str, float | int | str]
 
@@ -69,9 +72,17 @@ def held_out(steps: Iterable[Metrics]) -> Summary:
 
 
 def read_restarts(folder: Path) -> list[dict[str, Any]]:
-    """What a supervisor wrote of each restart: time, step, code, cause."""
-    file = folder / RESTARTS
-    return [*map(json.loads, file.read_text().splitlines())] if file.is_file() else []
+    """What a supervisor wrote of each restart: time, step, code, cause. Lines that a full disk or a
+    crash cut are told and left out: a run is not to fail for them."""
+    path, found = folder / RESTARTS, list[dict[str, Any]]()
+    if path.is_file():
+        with path.open("rb") as file:
+            for where, line in numbered_lines(file, path):
+                try:
+                    found.append(parse_object(line, where))
+                except ValueError as error:
+                    logger.warning("left out: %s", error)
+    return found
 
 
 def lines(summary: Summary) -> list[str]:

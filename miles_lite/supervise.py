@@ -25,9 +25,12 @@ from itertools import takewhile
 from pathlib import Path
 
 from miles_lite.compose import compose
+from miles_lite.intact import writing
 from miles_lite.launch.child import Child
+from miles_lite.metrics import drop_cut_line
+from miles_lite.protocols import RunError
 from miles_lite.run import read_metrics
-from miles_lite.stop import ENDED_ITSELF, SIGNALS
+from miles_lite.stop import ENDED_ITSELF, SIGNALS, Stopped
 from miles_lite.summary import RESTARTS
 
 logger = logging.getLogger(__name__)
@@ -93,7 +96,7 @@ class Foreground:
     def __init__(self, env: Mapping[str, str]) -> None:
         self._env = env
         self._child: Child | None = None
-        self._signals = 0
+        self.signals: list[int] = []  # that came, the first one first
         task = asyncio.current_task()
         assert task is not None
         for signum in SIGNALS:
@@ -102,7 +105,7 @@ class Foreground:
     @property
     def asked(self) -> bool:
         """Whether a signal came."""
-        return self._signals > 0
+        return bool(self.signals)
 
     async def run(self, command: str, words: Sequence[str]) -> int:
         """The exit status of `miles-lite COMMAND WORDS`, of which nothing is left."""
@@ -121,10 +124,10 @@ class Foreground:
 
     def _heed(self, signum: int, task: asyncio.Task[int]) -> None:
         """The driver ends the step first, at a second signal at once, at a third it is killed."""
-        self._signals += 1
+        self.signals.append(signum)
         if self._child is not None and self._child.name == "train":
-            self._child.signal(signum) if self._signals < 3 else self._child.kill()
-        elif self._signals == 1:
+            self._child.signal(signum) if len(self.signals) < 3 else self._child.kill()
+        elif len(self.signals) == 1:
             task.cancel()
 
 
@@ -158,7 +161,7 @@ def _stamp(folder: Path) -> int:
 def _ending(folder: Path, code: int, before: int) -> Ending:
     """before: when summary.json was written before the attempt."""
     cause = f"the driver ended with status {code}"
-    if code > 128:
+    if code - 128 in {*signal.Signals}:  # 255 is a status like another
         cause = f"the driver was killed by {signal.Signals(code - 128).name}"
     if _stamp(folder) != before and _stamp(folder):  # a driver that is killed writes none
         said = json.loads((folder / "summary.json").read_text()).get("error", cause)
@@ -175,9 +178,15 @@ def _tell(folder: Path, endings: Sequence[Ending], decision: Decision) -> None:
         *(len(endings), decision.wait_s, last.step, decision.why),
     )
     told = {"time": time.time(), "step": last.step, "code": last.code, "cause": last.cause}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / RESTARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(told) + "\n")
+    path = folder / RESTARTS
+    try:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            drop_cut_line(path)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(told) + "\n")
+    except RunError as error:  # the run itself decides whether it can go on
+        logger.error("%s", error)
 
 
 # ------------------------------------------------------------------ the command
@@ -213,14 +222,14 @@ def run(overrides: Sequence[str], restarts: int | None) -> int:
 
     async def all_attempts() -> int:
         driver = Foreground(os.environ)
-        return await supervise(
-            cfg.log.folder / name,
-            lambda: driver.run("train", words),
-            DEFAULT_RESTARTS if restarts is None else restarts,
-            lambda: driver.asked,
-        )
+        try:
+            return await supervise(
+                cfg.log.folder / name,
+                lambda: driver.run("train", words),
+                DEFAULT_RESTARTS if restarts is None else restarts,
+                lambda: driver.asked,
+            )
+        except asyncio.CancelledError:
+            raise Stopped(driver.signals[0], "between two attempts") from None
 
-    try:
-        return asyncio.run(all_attempts())
-    except asyncio.CancelledError:  # by a signal between two attempts
-        raise KeyboardInterrupt from None
+    return asyncio.run(all_attempts())

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from miles_lite import cli
+from miles_lite.checkpoints import CheckpointError
+from miles_lite.protocols import EngineError, RemoteError, RunError
+from miles_lite.rollout.dynamic import NothingToKeep
+from miles_lite.rollout.manager import RolloutError
+from miles_lite.rollout.signal import NoSignalError
+from miles_lite.stop import AlarmError
+from miles_lite.weights.transport import WeightSyncError
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -73,3 +82,34 @@ def test_reward_audit_fails_where_no_right_answer_can_score(
     assert cli.run(["check", *words]) == 0
     error = refusal(capsys, "reward-audit", *words)
     assert "can never be won for 1 of 3 prompts, as for words:2, whose label" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RunError("no room"), EngineError("engine 0 died"), RemoteError("trainer rank 0 died"),
+        RolloutError("samples are missing"), WeightSyncError("other checksums"),
+        NothingToKeep("equal rewards"), NoSignalError("all 0"), CheckpointError("damaged"),
+        AlarmError("drift"), TimeoutError("no answer within 15 s"),
+        OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_the_cause_of_a_failure_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(overrides: Sequence[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_check", fail)
+    assert cli.run(["check"]) == 1
+    assert capsys.readouterr().err == f"miles-lite check: {error}\n"
+
+
+def test_an_error_that_says_nothing_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(overrides: Sequence[str]) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(cli, "_check", fail)
+    with pytest.raises(TimeoutError):
+        cli.run(["check"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
 import shutil
@@ -14,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from miles_lite import supervise
 from miles_lite.compose import compose
 from miles_lite.config import Config
 from miles_lite.environment import PROJECT
 from miles_lite.intact import file_digest, writing
 from miles_lite.protocols import StepResult
 from miles_lite.run import Run, RunError, read_metrics, read_samples
+from miles_lite.summary import RESTARTS, read_restarts
 from miles_lite.types import Completion, Finish, Group, Prompt, Sample, Verdict
 from miles_lite.weights.hf import HfCheckpoint, HfWriter
 
@@ -123,3 +127,33 @@ def fill_up(file: Path) -> None:
     with suppress(OSError), file.open("wb", buffering=0) as out:
         while True:
             out.write(b"\0" * 4096)
+
+
+@needs_mounts
+def test_a_full_disk_costs_a_supervisor_one_line(tmp_path: Path) -> None:
+    code = "import sys, pathlib, tests.test_disk as t; t.restarts(pathlib.Path(sys.argv[1]))"
+    done = mounted(tmp_path / "disk", "1m", sys.executable, "-c", code, str(tmp_path / "disk"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "restarts.jsonl: No space left on device; 0 MiB are free there" in done.stderr
+
+
+def restarts(disk: Path) -> None:
+    """The run goes on, is restarted again with room, and its end can read of both."""
+    run, codes = disk / "run", [137, 0, 137, 0]
+    run.mkdir()
+    noted = {"time": 1.0, "step": 0, "code": 1, "cause": "x" * 4000}
+    (run / RESTARTS).write_text(json.dumps(noted) + "\n")  # so that the next one is cut
+    supervise.FIRST_WAIT_S = 0.01
+
+    async def attempt() -> int:
+        return codes.pop(0)
+
+    def supervised() -> int:
+        return asyncio.run(supervise.supervise(run, attempt, 10, lambda: False))
+
+    fill_up(disk / "filler")
+    assert supervised() == 0
+    assert not (run / RESTARTS).read_text().endswith("\n") and len(read_restarts(run)) == 1
+    (disk / "filler").unlink()
+    assert supervised() == 0
+    assert [line["code"] for line in read_restarts(run)] == [1, 137]

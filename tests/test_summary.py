@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miles_lite.summary import lines, summarize
+from miles_lite.summary import RESTARTS, lines, summarize
 
 
 def step(reward: float, drift: float) -> dict[str, float]:
@@ -54,6 +54,18 @@ def test_a_run_without_steps_says_so() -> None:
     summary = summarize(Path("runs/x"), {})
     assert summary == {"run_folder": "runs/x", "num_steps": 0}
     assert lines(summary)[0].endswith("0")
+
+
+def test_a_restart_that_a_full_disk_cut_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = '{"time": 1.0, "step": 3, "code": 1, "cause": "so it was"}'
+    (tmp_path / RESTARTS).write_text("\n".join([whole, whole[:30] + whole, whole, whole[:30]]))
+    summary = summarize(tmp_path, {})
+    assert summary["restarts"] == 2 and "so it was" in str(summary["restart_causes"])
+    assert [message.split(": not JSON")[0] for message in caplog.messages] == [
+        f"left out: {tmp_path / RESTARTS}:{number}" for number in (2, 4)
+    ]
 
 
 def test_a_step_without_a_verdict_counts() -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from miles_lite import supervise
+from miles_lite import cli, supervise
 from miles_lite.run import read_metrics
-from miles_lite.stop import ENDED_ITSELF
+from miles_lite.stop import ENDED_ITSELF, SIGNALS
 from miles_lite.summary import read_restarts
 from miles_lite.supervise import (
     FIRST_WAIT_S,
@@ -104,6 +104,39 @@ def test_each_restart_is_noted_with_its_own_cause(
     codes.append(137)
     assert asyncio.run(supervise.supervise(run, attempt, 10, lambda: True)) == 137
     assert len(read_restarts(run)) == 3
+
+
+def test_a_status_above_128_need_be_no_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "FIRST_WAIT_S", 0.01)
+    codes = [255, 0]
+
+    async def attempt() -> int:
+        return codes.pop(0)
+
+    assert asyncio.run(supervise.supervise(tmp_path, attempt, 10, lambda: False)) == 0
+    assert [line["cause"] for line in read_restarts(tmp_path)] == [
+        "the driver ended with status 255"
+    ]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_between_two_attempts_is_the_status(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+) -> None:
+    async def killed(self: supervise.Foreground, command: str, words: Sequence[str]) -> int:
+        asyncio.get_running_loop().call_later(0.2, os.kill, os.getpid(), signum)
+        return 137
+
+    monkeypatch.setattr(supervise.Foreground, "run", killed)
+    monkeypatch.setattr(supervise, "FIRST_WAIT_S", 30.0)
+    words = ["--supervise", "experiment=tiny", f"log.folder={tmp_path}"]
+    assert cli.run(["train", *words]) == 128 + signum
+    assert f"stopped by {signum.name}, between two attempts" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ whole runs

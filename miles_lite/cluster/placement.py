@@ -15,6 +15,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from miles_lite.config import Config, ConfigError
+from miles_lite.protocols import RunError
 
 SETTLE_S = 5.0
 
@@ -41,7 +42,7 @@ class _Probe:
 def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
     """Reserve devices; neighbours in the list are neighbours in the cluster (by host, then device).
 
-    Raises ValueError when the cluster has fewer devices, RuntimeError when they stay busy.
+    Raises ValueError when the cluster has fewer devices, RunError when they stay busy.
     """
     total = _settled(num_devices, resource, min(deadline_s, SETTLE_S))
     if total < num_devices:
@@ -52,7 +53,7 @@ def reserve(num_devices: int, resource: str, deadline_s: float) -> list[Bundle]:
     group = placement_group([{resource: 1}] * num_devices, strategy="PACK")
     if not group.wait(deadline_s):
         free = int(ray.available_resources().get(resource, 0))
-        raise RuntimeError(
+        raise RunError(
             f"{num_devices} devices were not free within {deadline_s:g} s: {free} of {total} are; "
             "another run may hold them"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import select
@@ -11,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
+
+log = logging.getLogger(__name__)
 
 _PARTS = {"gcs_server": "head (GCS)", "raylet": "node (raylet)"}
 _AGENT = re.compile(r"Agent\s*$|agent(/main)?\.py$")
@@ -32,8 +35,13 @@ def watched(lost: Callable[[str], None]) -> Iterator[None]:
     def wait() -> None:
         dead = select.select([leave, *handles], [], [])[0]
         if leave not in dead:
-            lost(f"Ray's {handles[dead[0]]} on {os.uname().nodename} died")
-            os._exit(1)
+            why = f"Ray's {handles[dead[0]]} on {os.uname().nodename} died"
+            try:
+                lost(why)
+            except Exception as error:  # the disk that killed Ray may be as full for us
+                log.error("%s; this could not be noted: %s", why, error)
+            finally:
+                os._exit(1)
 
     thread = threading.Thread(target=wait, daemon=True, name="ray-watch")
     thread.start()

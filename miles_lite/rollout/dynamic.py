@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from miles_lite.protocols import Metrics, PromptStream
+from miles_lite.protocols import Metrics, PromptStream, RunError
 from miles_lite.types import Group, Prompt
 
 MAX_SPENT = 10  # prompts spent per prompt wanted, then giving up
 MIN_STD = 1e-8  # of the rewards of a group that teaches something
 
 
-class NothingToKeep(RuntimeError):
+class NothingToKeep(RunError):
     """Too many prompts in a row gave groups of equal rewards."""
 
 

@@ -25,6 +25,7 @@ from miles_lite.protocols import (
     PromptStream,
     Rescored,
     RolloutResult,
+    RunError,
 )
 from miles_lite.rollout.answer import answer_fault
 from miles_lite.rollout.dispatch import Dispatch, Revive
@@ -41,7 +42,7 @@ ABORT_S = 30.0  # for an engine to end its requests
 T = TypeVar("T")
 
 
-class RolloutError(RuntimeError):
+class RolloutError(RunError):
     """Samples are missing at the deadline."""
 
 

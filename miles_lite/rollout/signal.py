@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from miles_lite.algo.credit import dead_step_reason
-from miles_lite.protocols import Metrics
+from miles_lite.protocols import Metrics, RunError
 from miles_lite.types import Group
 
 
-class NoSignalError(RuntimeError):
+class NoSignalError(RunError):
     """No answer told right from wrong for several steps in a row. Says the likely cause."""
 
 

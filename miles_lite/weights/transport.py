@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from miles_lite.protocols import Bucket, Form
+from miles_lite.protocols import Bucket, Form, RunError
 from miles_lite.weights.checksum import checksum
 from miles_lite.weights.plan import Copy, Place, Route, aligned
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunError):
     """A sync did not bring an engine rank to the trainer's weights. Names rank and tensor."""
 
 

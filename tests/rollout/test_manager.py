@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ from miles_lite.rollout.manager import (
     derive_seed,
 )
 from miles_lite.rollout.rewards import RewardWorkers
+from miles_lite.stop import Stopped, StopRequest
 from miles_lite.types import Completion, Finish, Prompt, Request, Sample, Sampling, Verdict
 
 CFG = compose(["experiment=tiny"])
@@ -280,6 +283,21 @@ def test_the_deadline_names_the_engine_that_is_late(draw: Draw) -> None:
     with pytest.raises(RolloutError, match=r"12 of 24 samples are missing .* for slow \(12\)$"):
         draw([SeededEngine("quick"), slow], timeout_s=1.5)
     assert slow.num_aborts == 1  # its requests are not left behind
+
+
+class Struck(SeededEngine):
+    """A signal comes while it makes an answer, in a task for which nobody waits."""
+
+    async def generate(self, request: Request) -> Completion:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return await super().generate(request)
+
+
+def test_a_signal_in_the_event_loop_ends_the_call(draw: Draw) -> None:
+    engine = Struck("a")
+    with StopRequest(), pytest.raises(Stopped, match="SIGTERM, at once"):
+        draw([engine], timeout_s=5)
+    assert engine.num_served == 0 and engine.num_aborts == 1
 
 
 def told_of(manager: RolloutManager, prompts: Sequence[Prompt]) -> set[str]:

@@ -84,10 +84,9 @@ class Client:
                 raise EngineError(self._lost.result())
             else:
                 raise EngineError(f"{self._name}: no answer to {path} within {deadline_s:g} s")
-        except aiohttp.ClientError as error:
-            raise EngineError(
-                f"{self._name}: {path} failed: {error or type(error).__name__}"
-            ) from error
+        # the last two are of a body that is no JSON, or not the text that it says it is
+        except (aiohttp.ClientError, ValueError, RecursionError) as error:
+            raise EngineError(f"{self._name}: {path} failed: {error!r}") from error
         finally:
             task.cancel()
         failed = isinstance(answer, dict) and answer.get("success") is False

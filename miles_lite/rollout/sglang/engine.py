@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -103,11 +104,12 @@ class SGLangEngine:
         self._await_ready(deadline_s)
         call_all(self._heads, "server_is_up", deadline_s=self._deadline_s)
         self._client.watch(lambda: self._why_lost() or self._why_stuck(), WATCH_S)
-        states = self._client.get("/server_info", self._deadline_s)["internal_states"]
-        memory = [state["memory_usage"] for state in states]
-        per_state = self._spec.dims.tp // len(states)
-        self._cache_bytes = round(sum(m["kvcache"] for m in memory) * per_state * 2**30)
-        self._graph_bytes = round(sum(sum(m["graph"].values()) for m in memory) * per_state * 2**30)
+        info = self._client.get("/server_info", self._deadline_s)
+        with _read(f"{self.name}: /server_info"):
+            memory = [state["memory_usage"] for state in info["internal_states"]]
+            gib = self._spec.dims.tp // len(memory) * 2**30
+            self._cache_bytes = round(sum(m["kvcache"] for m in memory) * gib)
+            self._graph_bytes = round(sum(sum(m["graph"].values()) for m in memory) * gib)
         self.enter(Phase.train)  # the device is the trainer's until the engine is called
 
     def _gpus_of(self, node: int, gpus: Sequence[str]) -> tuple[str, ...]:
@@ -212,10 +214,8 @@ class SGLangEngine:
             raise
         finally:
             self._requests[dp_rank] -= 1
-        try:
+        with _read(f"{self.name}: request {request.uid}"):
             return completion(answer, self._model, request)
-        except ValueError as error:
-            raise EngineError(f"{self.name}: request {request.uid}: {error}") from None
 
     def can_score(self, sampling: Sampling) -> bool:
         """Its server tells log-probs of input tokens at temperature 1, whatever is asked for."""
@@ -353,8 +353,20 @@ def sampling_params(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def completion(answer: Mapping[str, Any], model: NemotronH, request: Request) -> Completion:
-    """What a `/generate` answer says. Raises ValueError for what no training should see."""
+@contextlib.contextmanager
+def _read(what: str) -> Iterator[None]:
+    """An answer: whatever is wrong with it, the engine that gave it is not to be believed."""
+    try:
+        yield
+    except ValueError as error:
+        raise EngineError(f"{what}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise EngineError(f"{what}: its answer is not one of SGLang's: {error!r}") from error
+
+
+def completion(answer: Any, model: NemotronH, request: Request) -> Completion:
+    """What a `/generate` answer says. Raises ValueError for what no training should see, and other
+    errors for what is no such answer."""
     meta = answer["meta_info"]
     tokens, pairs = answer["output_ids"], meta["output_token_logprobs"]
     if request.scored:
@@ -363,6 +375,8 @@ def completion(answer: Mapping[str, Any], model: NemotronH, request: Request) ->
     if [token for _, token, *_ in pairs] != tokens:
         raise ValueError(f"{len(tokens)} tokens came with log-probs of {len(pairs)} or of others")
     logprobs = [logprob for logprob, *_ in pairs]
+    if {*map(type, tokens)} - {int} or {*map(type, logprobs)} - {float, int, type(None)}:
+        raise TypeError("tokens or log-probs that are not numbers")
     bad = [i for i, value in enumerate(logprobs) if value is None or not math.isfinite(value)]
     if bad:  # JSON has no NaN: SGLang says null
         raise ValueError(f"log-prob of token {bad[0]} is {logprobs[bad[0]]}: logits are not finite")
