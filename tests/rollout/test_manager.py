@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from miles_lite.config import RewardFunction
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.protocols import EngineError, Phase, RolloutResult
 from miles_lite.rollout.manager import (
+    ABORT_S,
     MAX_RESAMPLES,
     MAX_RESCORED,
     RolloutError,
@@ -280,6 +282,26 @@ def test_the_deadline_names_the_engine_that_is_late(draw: Draw) -> None:
     with pytest.raises(RolloutError, match=r"12 of 24 samples are missing .* for slow \(12\)$"):
         draw([SeededEngine("quick"), slow], timeout_s=1.5)
     assert slow.num_aborts == 1  # its requests are not left behind
+
+
+class DeafEngine(SeededEngine):
+    async def generate(self, request: Request) -> Completion:
+        if self.stuck:
+            return await super().generate(request)
+        raise EngineError(f"{self.name} does not answer")
+
+    async def abort(self) -> None:
+        await asyncio.sleep(3600)
+
+
+def test_engines_that_hang_are_not_waited_for_a_second_time(draw: Draw) -> None:
+    """The first loss ends the command: neither its abort is waited for nor that of another."""
+    lost, silent = DeafEngine("lost"), DeafEngine("silent")
+    silent.stuck = True
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match="lost does not answer"):
+        draw([lost, silent])
+    assert time.monotonic() - begin < ABORT_S / 3
 
 
 def told_of(manager: RolloutManager, prompts: Sequence[Prompt]) -> set[str]:
