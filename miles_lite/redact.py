@@ -1,6 +1,6 @@
 """Secrets leave no trace: every text and every setting that is written or shown comes through here.
 
-A secret is the value of a variable or setting with a name like *_API_KEY, token or password; the
+A secret is the value of a variable or setting with a name like *_API_KEY, token or PGPASSWORD; the
 user:password@ of an address; and what looks like a key of OpenAI, Hugging Face, W&B or GitHub.
 """
 
@@ -17,8 +17,8 @@ MIN_LEN = 6  # of a secret that is looked for in texts: "1" or "none" is nobody'
 # Looked for with what is before it, not with the name it ends: texts may be long and hostile, and
 # this way the time is linear.
 _NAME = (
-    r"(?:(?<![^\W_])(?:api_?key|access_?key(?:_id)?|private_?key|secret(?:_?key)?|token|password"
-    r"|passwd|credentials?))"
+    r"(?:(?<![^\W_])(?:api_?keys?|access_?key(?:_id)?|private_?key|secret(?:_?key)?|token"
+    r"|credentials?)|password|passwd|sshpass|(?<=_)pass|(?<=[a-z_])(?<!old)pwd)"
 )
 _IS_SECRET = re.compile(rf"{_NAME}\Z", re.IGNORECASE)
 _SHAPES = re.compile(
@@ -38,6 +38,10 @@ def redacted(text: str) -> str:
     """`text` without the secrets in it."""
     for value in _in_environment():
         text = text.replace(value, HIDDEN)
+    return _by_looks(text)
+
+
+def _by_looks(text: str) -> str:
     return _ASSIGNED.sub(rf"\1{HIDDEN}", _SHAPES.sub(HIDDEN, text))
 
 
@@ -53,9 +57,12 @@ def redacted_settings(value: Any, name: str = "") -> Any:
 
 
 def without_secrets(environment: Mapping[str, str], but: frozenset[str]) -> dict[str, str]:
-    """but: names that whoever gets this environment was promised."""
+    """Also without those that hold one, as the address of a proxy or a database may. but: names
+    that whoever gets this environment was promised."""
     return {
-        name: value for name, value in environment.items() if name in but or not is_secret(name)
+        name: value
+        for name, value in environment.items()
+        if name in but or not (is_secret(name) or _by_looks(value) != value)
     }
 
 
