@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from miles_lite.config import ConfigError
 from miles_lite.records import read_mapping
 
@@ -47,9 +45,9 @@ def check_same(folder: Path, plain: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        before = flat(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): choose another log.name") from None
+        before = flat(read_mapping(path))
+    except ValueError as error:
+        raise ConfigError(f"{error}: choose another log.name") from None
     now = flat(plain)
     refuse_changes(folder, before, now)
     ended = read_mapping(folder / "summary.json").get("outcome")

@@ -98,11 +98,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Of a YAML or JSON file; empty without one. Raises ValueError."""
     if not path.is_file():
         return {}
-    read = json.loads if path.suffix == ".json" else yaml.safe_load  # YAML knows no 1e-06
     try:
-        value = read(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else _tree(text)  # YAML knows no 1e-06
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} and not a mapping")
     return value
+
+
+def _tree(text: str) -> Any:
+    """Of YAML without aliases, which nobody here writes: each may double what all readers see."""
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("it has aliases (*NAME), which no run writes")
+    return yaml.safe_load(text)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from miles_lite import environment, log, resume
 from miles_lite import run as run_module
@@ -24,6 +23,7 @@ from miles_lite.claim import RunFinished
 from miles_lite.compose import build
 from miles_lite.config import CheckpointConfig, Config, ConfigError
 from miles_lite.protocols import StepResult
+from miles_lite.records import read_mapping
 from miles_lite.run import Run, RunError, read_metrics, read_samples
 from miles_lite.types import Completion, Finish, Group, Prompt, Sample, TrainSequence, Verdict
 
@@ -159,8 +159,23 @@ def test_a_name_is_not_a_path(cfg: Config, name: str) -> None:
 
 
 def test_config_reads_back_as_the_same_config(cfg: Config) -> None:
-    text = (Run.open(cfg, NOW).folder / "config.yaml").read_text()
-    assert build(Config, yaml.safe_load(text), "") == cfg
+    both = [1, 2]  # YAML would write it once, and an alias
+    shared = replace(cfg, reward=replace(cfg.reward, options={"a": both, "b": both}))
+    folder = Run.open(shared, NOW).folder
+    assert build(Config, read_mapping(folder / "config.yaml"), "") == shared
+
+
+def test_a_config_that_doubles_itself_is_refused(cfg: Config) -> None:
+    """Two to the power of 40 leaves in less than a kilobyte."""
+    text = "a0: &a0 {x: 1}\n"
+    text += "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 41))
+    file = cfg.log.folder / "name" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read: it has aliases"):
+        read_mapping(file)
+    with pytest.raises(ConfigError, match=r"it has aliases .*: choose another log\.name"):
+        Run.open(named(cfg, "name"), NOW)
 
 
 def test_environment_tells_versions_and_no_secrets(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
 import ray.exceptions
+from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miles_lite.cluster.actor import Call, Remote, RemoteError
@@ -21,6 +20,9 @@ from miles_lite.cluster.actor import Call, Remote, RemoteError
 T = TypeVar("T")
 CLOCK_READINGS = 3
 CONNECT_S = 10.0
+# what gRPC is spoken in: either side begins with its settings, or TLS is wanted and says so
+_SETTINGS, _TLS_ALERT = b"\4", b"\x15"
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0" + _SETTINGS + b"\0\0\0\0\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def on_every_host(
     address: str, function: Callable[..., T], *args: Any, deadline_s: float
 ) -> Answers[T]:
     """function(*args) in a process of each host. Raises OSError if there is no Ray."""
-    _refuse_dead(address)
+    refuse_dead(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (RuntimeError, ray.exceptions.RayError) as error:  # of another version, or no answer
@@ -60,16 +62,21 @@ def on_every_host(
         ray.shutdown()
 
 
-def _refuse_dead(address: str) -> None:
-    """Raise ConnectionError at once: Ray itself tries for more than five minutes."""
-    if address == "auto":  # in the order in which Ray looks; if it finds none it says so itself
-        noted = Path("/tmp/ray/ray_current_cluster")
-        found = noted.read_text().strip() if noted.is_file() else ""
-        address = os.environ.get("RAY_ADDRESS", found)
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal():
-        with socket.create_connection((host, int(port)), CONNECT_S):
-            pass
+def refuse_dead(address: str) -> None:
+    """Raise ConnectionError unless a Ray speaks there: Ray itself tries for more than five minutes,
+    and for ever where somebody listens and says nothing, as a head that is stopped."""
+    where = services.canonicalize_bootstrap_address(address)  # of this host it takes no loopback
+    if where is None:
+        return
+    host, _, port = where.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S) as connection:
+            connection.sendall(_HTTP2_HELLO)
+            said = connection.recv(9)
+    except OSError as error:
+        raise ConnectionError(f"{where}: {error}") from error
+    if said[3:4] != _SETTINGS and said[:1] != _TLS_ALERT:
+        raise ConnectionError(f"{where}: who listens there is no Ray")
 
 
 def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -17,11 +17,13 @@ from ray._private import ray_constants
 from ray.util.placement_group import remove_placement_group
 
 from miles_lite.cluster import CPU_DEVICE, roll
+from miles_lite.cluster.everywhere import refuse_dead
 from miles_lite.cluster.network import interface_env
 from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.cluster.token import TOKEN, token_env, write_token
 from miles_lite.cluster.watch import watched
 from miles_lite.config import ClusterConfig
+from miles_lite.intact import RunError
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ def _start(cluster: ClusterConfig, num_pretended: int) -> None:
     local = cluster.address == "local"
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if not local:
+            refuse_dead(cluster.address)
         ray.init(
             address=cluster.address,
             resources={CPU_DEVICE: num_pretended} if num_pretended else None,
@@ -81,6 +85,10 @@ def _start(cluster: ClusterConfig, num_pretended: int) -> None:
         if callable(handler):
             handler(signal.SIGTERM, None)
         raise
+    except ValueError:
+        raise
+    except Exception as error:  # Ray's are of many kinds, plain ones among them
+        raise RunError(f"Ray did not come up ({cluster.address}): {error}") from error
     if callable(handler):
         signal.signal(signal.SIGTERM, handler)
 

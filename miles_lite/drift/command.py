@@ -124,6 +124,7 @@ def _sides(cfg: Config, policy: Path, step: int) -> Iterator[Sides]:
     options = EngineOptions(
         dtype=_TORCH_NAMES[cfg.model.dtype], device=device, max_running=1,
         max_seq_len=cfg.max_seq_len, timeout_s=cfg.rollout.timeout_s,
+        stall_s=cfg.rollout.engine.stall_s,
     )  # fmt: skip
     engine = EngineRank(model, EngineDims(1, 1, 1), 0, options)
     engine.connect("")
@@ -149,8 +150,8 @@ def _sides(cfg: Config, policy: Path, step: int) -> Iterator[Sides]:
 
     try:
         yield Sides(engine, worker, trainer_version=step)
+        engine.close()  # not one that failed: it may hang, and its thread ends with this process
     finally:
-        engine.close()
         setup.destroy()
 
 

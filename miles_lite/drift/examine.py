@@ -6,6 +6,7 @@ nothing here brings one side to the other.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from miles_lite.algo.drift_parts import flip_rate
 from miles_lite.drift.causes import Evidence, LayerGap, TensorGap, temperatures
-from miles_lite.protocols import Hosted
+from miles_lite.protocols import EngineError, Hosted
 from miles_lite.rollout.embedded.rank import EngineRank
 from miles_lite.rollout.embedded.sampler import kept
 from miles_lite.trainer.megatron.worker import MegatronWorker
@@ -31,15 +32,23 @@ class Sides:
     next_uid: int = 0
 
     def ask(self, tokens: Sequence[int], sampling: Sampling, scored: Sequence[int]) -> Completion:
-        """Draw an answer, or score one."""
+        """Draw an answer, or score one. Raises EngineError that names the rank when its serving
+        ended, or does no step for stall_s."""
         self.next_uid += 1
         request = Request(self.next_uid, tuple(tokens), sampling, tuple(scored))
-        self.engine.submit([request])
-        deadline = time.monotonic() + self.engine.options.timeout_s
-        while time.monotonic() < deadline:
-            for _, completion in self.engine.poll(1.0):
-                return completion
-        raise TimeoutError(f"no answer within {self.engine.options.timeout_s:g} s")
+        engine, stall_s = self.engine, self.engine.options.stall_s
+        name = f"engine 0 rank {engine.rank} on {os.uname().nodename}"
+        try:
+            engine.submit([request])
+            num_steps, moved_at = engine.num_steps(), time.monotonic()
+            while time.monotonic() - moved_at < stall_s:
+                for _, completion in engine.poll(min(1.0, stall_s / 4)):
+                    return completion
+                if engine.num_steps() != num_steps:
+                    num_steps, moved_at = engine.num_steps(), time.monotonic()
+        except RuntimeError as error:
+            raise EngineError(f"{name}: {error}") from error
+        raise EngineError(f"{name}: no step for {stall_s:g} s (rollout.engine.stall_s)")
 
 
 def examine(sides: Sides, prompt: Sequence[int], sampling: Sampling) -> Evidence:

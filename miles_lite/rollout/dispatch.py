@@ -68,8 +68,10 @@ class Dispatch:
 
     @property
     def owing(self) -> list[Engine]:
-        """Engines that may still work at something, whether or not anybody waits for it."""
-        return [s.engine for s in self._shares if self.unfinished[s.engine.name] or _works(s)]
+        """Engines that may still work at something, whether or not anybody waits for it; but none
+        that is lost and would not listen, and none at all once a loss ends the command."""
+        living = () if self._lost and self._revive is None else self._living()
+        return [s.engine for s in living if self.unfinished[s.engine.name] or _works(s)]
 
     async def complete(self, request: Request) -> Completion:
         """The answer of one engine. Requests of one turn of the event loop are dealt out together.

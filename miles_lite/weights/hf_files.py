@@ -24,6 +24,7 @@ DTYPES = {
 }
 _BROKEN = (LookupError, TypeError, AttributeError)
 _MAX_HEADER = 100 << 20  # what safetensors itself allows
+_MAX_NAME = 500  # characters of a tensor's name, which many messages quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class HfFiles:
             }
         if missing := sorted(set(files) - set(self.tensors)):
             raise ValueError(
-                f"{folder / INDEX} names {missing[0]!r} in {files[missing[0]]}, which does not "
-                f"hold it ({len(missing)} such tensors)"
+                f"{folder / INDEX} names {short(missing[0])} in {files[missing[0]]}, which does "
+                f"not hold it ({len(missing)} such tensors)"
             )
 
     @contextmanager
@@ -137,20 +138,22 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> Stored:
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"{path}: a tensor's name of {len(name):,} characters: {short(name)}")
     begin, end = (data + entry["data_offsets"][side] for side in (0, 1))
     if entry["dtype"] not in DTYPES:
         raise ValueError(
-            f"{path}: tensor {name!r} has dtype {entry['dtype']}, only {', '.join(DTYPES)} can be "
-            "converted"
+            f"{path}: tensor {name!r} has dtype {short(entry['dtype'])}, only "
+            f"{', '.join(DTYPES)} can be converted"
         )
     stored = Stored(path.name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
     if any(type(number) is not int for number in (*stored.shape, begin, end)):
-        raise TypeError(f"tensor {name!r} has the shape {stored.shape} and begins at {begin}")
+        raise TypeError(f"tensor {name!r} has the shape {short(stored.shape)}, begins at {begin}")
     wanted = math.prod(stored.shape) * stored.dtype.itemsize
     if min(stored.shape, default=0) < 0 or begin < data or stored.num_bytes != wanted:
         raise ValueError(
-            f"{path}: tensor {name!r} of shape {stored.shape} lies in bytes {begin:,} to {end:,}, "
-            f"which are not its {wanted:,}"
+            f"{path}: tensor {name!r} of shape {short(stored.shape)} lies in bytes {begin:,} to "
+            f"{end:,}, which are not its {wanted:,}"
         )
     if end > size:
         raise ValueError(f"{path} is truncated at offset {size:,}: tensor {name!r} ends at {end:,}")

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from miles_lite.config import RewardFunction
 from miles_lite.data.tokenizer import ChatTokenizer
 from miles_lite.protocols import EngineError, Phase, RolloutResult
 from miles_lite.rollout.manager import (
+    ABORT_S,
     MAX_RESAMPLES,
     MAX_RESCORED,
     RolloutError,
@@ -298,6 +300,26 @@ def test_a_signal_in_the_event_loop_ends_the_call(draw: Draw) -> None:
     with StopRequest(), pytest.raises(Stopped, match="SIGTERM, at once"):
         draw([engine], timeout_s=5)
     assert engine.num_served == 0 and engine.num_aborts == 1
+
+
+class DeafEngine(SeededEngine):
+    async def generate(self, request: Request) -> Completion:
+        if self.stuck:
+            return await super().generate(request)
+        raise EngineError(f"{self.name} does not answer")
+
+    async def abort(self) -> None:
+        await asyncio.sleep(3600)
+
+
+def test_engines_that_hang_are_not_waited_for_a_second_time(draw: Draw) -> None:
+    """The first loss ends the command: neither its abort is waited for nor that of another."""
+    lost, silent = DeafEngine("lost"), DeafEngine("silent")
+    silent.stuck = True
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match="lost does not answer"):
+        draw([lost, silent])
+    assert time.monotonic() - begin < ABORT_S / 3
 
 
 def told_of(manager: RolloutManager, prompts: Sequence[Prompt]) -> set[str]:

@@ -28,7 +28,7 @@ def act(response, label, *, key_env="", port=0):
         code = "import socket; socket.socket()"
         return float(subprocess.run([sys.executable, "-c", code], stderr=-3).returncode == 0)
     elif response == "secrets":
-        return float(sum(name in os.environ for name in ("OTHER_API_KEY", key_env)))
+        return float(key_env in os.environ) + sum("sesame" in v for v in os.environ.values())
     elif response == "core":
         import resource
         return float(resource.getrlimit(resource.RLIMIT_CORE)[0])
@@ -49,8 +49,11 @@ def verdicts(file: Path, responses: Sequence[str], **options: object) -> list[Ve
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTHER_API_KEY", "open-sesame")
-    monkeypatch.setenv("JUDGE_KEY_API_KEY", "open-sesame-too")
+    for name in ("OTHER_API_KEY", "PGPASSWORD", "MYSQL_PWD", "SSHPASS", "OPENAI_API_KEYS"):
+        monkeypatch.setenv(name, "open-sesame")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:open-sesame@proxy:3128")
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:open-sesame@host/db")
+    monkeypatch.setenv("JUDGE_KEY_API_KEY", "of the judge")
 
 
 def test_a_worker_has_no_network_no_secrets_and_dumps_no_core(

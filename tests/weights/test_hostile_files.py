@@ -150,6 +150,10 @@ def test_a_sound_file_is_read(folder: Path, sound: bytes) -> None:
         {"a": {"dtype": "F32", "shape": [6.0], "data_offsets": [0, 24]}},
         {"a": {"dtype": "F32", "shape": [True] * 6, "data_offsets": [0, 24]}},
         {"../../a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}},
+        {"-" * 16_000: {"dtype": "I64", "shape": [6], "data_offsets": [0, 24]}},
+        {"a": {"dtype": "-" * 16_000, "shape": [6], "data_offsets": [0, 24]}},
+        {"a": {"dtype": "F32", "shape": [1] * 16_000, "data_offsets": [0, 24]}},
+        {"a": {"dtype": "F32", "shape": [6.0] * 16_000, "data_offsets": [0, 24]}},
     ],
 )
 def test_headers(folder: Path, sound: bytes, header: Any) -> None:
@@ -177,6 +181,11 @@ def test_an_index_reaches_nothing_outside(indexed: Path, name: Any) -> None:
     files = dict.fromkeys(TENSORS, "model-1.safetensors") | {"a": name}
     (indexed / INDEX).write_text(json.dumps({"weight_map": files}))
     assert refusal(lambda: HfCheckpoint(indexed), indexed / INDEX)
+    assert refusal(lambda: HfFiles(indexed), indexed / INDEX)
+
+
+def test_a_long_name_in_an_index(indexed: Path) -> None:
+    (indexed / INDEX).write_text(json.dumps({"weight_map": {"-" * 16_000: "model-1.safetensors"}}))
     assert refusal(lambda: HfFiles(indexed), indexed / INDEX)
 
 
