@@ -23,7 +23,7 @@ from miles_lite.cluster.placement import Bundle, reserve
 from miles_lite.cluster.token import TOKEN, token_env, write_token
 from miles_lite.cluster.watch import watched
 from miles_lite.config import ClusterConfig
-from miles_lite.intact import RunError
+from miles_lite.protocols import RunError
 
 log = logging.getLogger(__name__)
 

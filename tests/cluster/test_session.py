@@ -15,7 +15,7 @@ import pytest
 from miles_lite.cluster import everywhere
 from miles_lite.cluster.session import open_session
 from miles_lite.config import ClusterConfig
-from miles_lite.intact import RunError
+from miles_lite.protocols import RunError
 
 CONNECT_S = 2.0
 

@@ -8,7 +8,7 @@ import sys
 DRIVER = """
 import subprocess, sys, time
 from miles_lite.cluster.watch import watched
-from miles_lite.intact import RunError
+from miles_lite.protocols import RunError
 
 rename = "open('/proc/self/comm', 'w').write('raylet'); print(flush=True)"
 words = [sys.executable, "-c", f"import time; {rename}; time.sleep(60)"]
