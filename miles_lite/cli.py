@@ -10,6 +10,7 @@ from miles_lite import log
 from miles_lite.checkpoints import CheckpointError
 from miles_lite.claim import RunFinished
 from miles_lite.protocols import RunError
+from miles_lite.rollout.dynamic import NothingToKeep
 from miles_lite.rollout.signal import NoSignalError
 from miles_lite.stop import ENDED_ITSELF, AlarmError, Stopped
 
@@ -42,6 +43,9 @@ miles-lite serve --model DIR|RUN[@STEP]            an OpenAI-compatible endpoint
 
 Keys and their meaning are in miles_lite/config.py, e.g. algo.eps_clip_high=0.3 parallel.tp=2
 """
+
+# what would end it again, since the same seeds draw the same answers
+_LASTING = (NoSignalError, NothingToKeep, AlarmError, CheckpointError)
 
 
 def main() -> None:
@@ -83,7 +87,7 @@ def run(words: Sequence[str]) -> int:
         if not str(error):  # then only its trace says something
             raise
         log.say(f"miles-lite {words[0]}: {error}", sys.stderr)
-        if words[0] == "train" and isinstance(error, NoSignalError | AlarmError | CheckpointError):
+        if words[0] == "train" and isinstance(error, _LASTING):
             return ENDED_ITSELF
         return 2 if isinstance(error, ValueError) else 1
     except RunFinished as finished:

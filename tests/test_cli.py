@@ -15,7 +15,7 @@ from miles_lite.protocols import EngineError, RemoteError, RunError
 from miles_lite.rollout.dynamic import NothingToKeep
 from miles_lite.rollout.manager import RolloutError
 from miles_lite.rollout.signal import NoSignalError
-from miles_lite.stop import AlarmError
+from miles_lite.stop import ENDED_ITSELF, AlarmError
 from miles_lite.weights.transport import WeightSyncError
 
 
@@ -104,6 +104,28 @@ def test_the_cause_of_a_failure_is_one_line(
     monkeypatch.setattr(cli, "_check", fail)
     assert cli.run(["check"]) == 1
     assert capsys.readouterr().err == f"miles-lite check: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NothingToKeep("equal rewards"), ENDED_ITSELF),
+        (NoSignalError("all 0"), ENDED_ITSELF),
+        (AlarmError("drift"), ENDED_ITSELF),
+        (CheckpointError("damaged"), ENDED_ITSELF),
+        (RolloutError("samples are missing"), 1),
+        (ValueError("no such key"), 2),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_a_run_is_not_started_again_for_what_stays(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def fail(overrides: Sequence[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_train", fail)
+    assert cli.run(["train"]) == code
 
 
 def test_an_error_that_says_nothing_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
