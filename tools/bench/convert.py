@@ -1,6 +1,7 @@
 """The converter against `cp` of the same bytes on the same disk, in turns.
 
     python tools/make_model.py /tmp/model && python tools/bench/convert.py /tmp/model [--rounds 3]
+                                                                           [--json FILE]
 
 Writes beside the model. Each turn starts and ends with everything written to disk, as the converter
 does and `cp` does not of itself: `sync` is part of each time. The source stays in the page cache if
@@ -10,6 +11,7 @@ it fits. Prints medians, and their ratio to cp.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -25,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="all rounds")
     options = parser.parse_args()
     hf, out = options.model, options.model.with_name(options.model.name + "-bench")
     num_bytes = sum(path.stat().st_size for path in hf.glob("*.safetensors"))
@@ -63,6 +66,9 @@ def main() -> None:
             f"{name:<24}{median:6.1f} s ({min(taken):.1f} to {max(taken):.1f})"
             f"{num_bytes / 1e9 / median:7.2f} GB/s  {base / median:5.2f} of cp{memory}"
         )
+    if options.json:
+        told = {"bytes": num_bytes, "seconds": times, "peak_gb": peaks, "load": os.getloadavg()}
+        options.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

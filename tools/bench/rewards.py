@@ -1,6 +1,7 @@
 """How many answers a second the reward workers grade.
 
     python tools/bench/rewards.py [--workers 2] [--num 50000] [--rewards math dapo_math ...]
+                                  [--json FILE]
 
 Three kinds: plain numbers with a short response, plain numbers after 8000 characters of reasoning,
 and formulas that need sympy. All answers differ, so none comes from the cache.
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from miles_lite.config import RewardFunction
 from miles_lite.rollout.rewards import RewardLimits, RewardWorkers
@@ -52,7 +56,9 @@ async def seconds(workers: RewardWorkers, pairs: Sequence[tuple[Prompt, str]]) -
     return elapsed
 
 
-def bench(name: str, num_workers: int, num: int) -> None:
+def bench(name: str, num_workers: int, num: int) -> list[dict[str, Any]]:
+    """A row of each kind of answer."""
+    rows: list[dict[str, Any]] = []
     reward = RewardFunction(
         file=FOLDER / f"{name}.py", function=name, options=OPTIONS.get(name, {})
     )
@@ -65,6 +71,8 @@ def bench(name: str, num_workers: int, num: int) -> None:
             asyncio.run(seconds(workers, pairs[:num_workers]))  # the slow imports
             elapsed = asyncio.run(seconds(workers, pairs[num_workers:]))
             print(f"{name:12} {kind:8} {size:6} grades  {size / elapsed:8.0f} /s")
+            rows.append({"reward": name, "kind": kind, "grades": size, "seconds": elapsed})
+    return rows
 
 
 STUCK = """
@@ -79,32 +87,35 @@ def stuck(response, label):
 """
 
 
-def bench_stuck(num_workers: int, limit_s: float = 4.0, num_sound: int = 300) -> None:
+def bench_stuck(
+    num_workers: int, limit_s: float = 4.0, num_sound: int = 300
+) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "stuck.py"
         file.write_text(STUCK)
         reward = RewardFunction(file=file, function="stuck")
         with RewardWorkers({"": reward}, num_workers, RewardLimits(timeout_s=limit_s)) as workers:
-            asyncio.run(race(workers, "no", 0, num_sound))
-            for word, number in product(("sleep", "compute"), (8, 32, 100)):
-                asyncio.run(race(workers, f"{word} {number}", number, num_sound))
+            cases = [("no", 0), *product(("sleep", "compute"), (8, 32, 100))]
+            return [asyncio.run(race(workers, *case, num_sound)) for case in cases]
 
 
-async def race(workers: RewardWorkers, word: str, num_stuck: int, num_sound: int) -> None:
-    """Print when the last sound answer and the last of all had their verdicts."""
+async def race(workers: RewardWorkers, word: str, num_stuck: int, num_sound: int) -> dict[str, Any]:
+    """Tell when the last sound answer and the last of all had their verdicts."""
     start = time.perf_counter()
 
     async def done_s(response: str) -> float:
         await workers.grade(Prompt("", (), "", "1", "", {}), response)
         return time.perf_counter() - start
 
-    stuck = [f"{word} {i}" for i in range(num_stuck)]
-    sound = [f"sound {word} {i}" for i in range(num_sound)]
+    stuck = [f"{word} {num_stuck} {i}" for i in range(num_stuck)]
+    sound = [f"sound {word} {num_stuck} {i}" for i in range(num_sound)]
     times = await asyncio.gather(*map(done_s, stuck + sound))
+    sound_s, all_s = max(times[num_stuck:]), max(times)
     print(
-        f"{num_sound} sound behind {word:11} stuck, limit {workers.limits.timeout_s} s:  sound"
-        f" {max(times[num_stuck:]):5.2f} s, all {max(times):5.2f} s"
+        f"{num_sound} sound behind {num_stuck:3} that {word:7}, limit {workers.limits.timeout_s} s:"
+        f"  sound {sound_s:5.2f} s, all {all_s:5.2f} s"
     )
+    return {"stuck": num_stuck, "that": word, "sound_s": sound_s, "all_s": all_s}
 
 
 def main() -> None:
@@ -112,10 +123,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--num", type=int, default=50_000, help="of plain numbers")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=REWARDS)
+    parser.add_argument("--json", type=Path, help="all rows")
     args = parser.parse_args()
-    for name in args.rewards:
-        bench(name, args.workers, args.num)
-    bench_stuck(args.workers)
+    rows = [row for name in args.rewards for row in bench(name, args.workers, args.num)]
+    rows += bench_stuck(args.workers)
+    if args.json:
+        args.json.write_text(json.dumps({"load": os.getloadavg(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
