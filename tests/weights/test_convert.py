@@ -296,7 +296,7 @@ def overwrite(offset: int, data: bytes) -> Callable[[Path], None]:
         (edit_config(model_type="x"), r"config\.json: model_type is 'x'"),
         (forget("vocab_size"), r"config\.json does not say vocab_size"),
         (lambda f: os.truncate(f / "generation_config.json", 5), r"_config\.json: not JSON"),
-        (integers, r"tensor 'backbone.* has dtype I32, only F32, BF16, F16"),
+        (integers, r"tensor 'backbone.* has dtype 'I32', only F32, BF16, F16"),
         (reshape, r"tensor 'backbone.* has shape \(\d+,\), config.json makes it \(\d+, \d+\)"),
         (lambda f: os.truncate(shard(f), 200_000), r"00001-of.* is truncated at offset 200,000"),
         (lambda f: os.truncate(shard(f), 100), r"00001-of-.* header of [\d,]+ bytes does not fit"),
