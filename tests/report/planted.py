@@ -119,7 +119,8 @@ def plant(
     cfg = replace(cfg, log=replace(cfg.log, folder=folder, name=name))
     with Run.open(cfg, datetime(2025, 1, 2)) as run:
         for step in range(num_steps):
-            extra = {"eval/held": step / num_steps} if step % 50 == 0 else {}
+            held = {"eval/held": step / num_steps, "eval/held-truncated_ratio": 0.0}
+            extra = held if step % 50 == 0 else {}
             run.log(step, metrics(step) | extra | (troubles or {}).get(step, {}))
             groups = (groups_of or {}).get(step) or [group(step, answers(samples_of_step))]
             run.save_samples(step, groups, *trained(groups))
