@@ -12,7 +12,7 @@ with transformers' `generate`, as vLLM has no CPU build for this model, and comp
 nearly never do, so that all answers have the same length. The first steps of a run warm up and are
 left out. Times are of the wall; "cpu" is what all processes of a side, Ray's included, take of the
 cores in a step: where neighbours load them, it tells more. "GB" is the most memory that they have
-each for itself in a step, together, looked at four times a second.
+together up to the end of a step, looked at every other second.
 
 TRL takes the log-probs before the update from the training pass itself where there is one update.
 """
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from models import PROJECT, SIZES, folder_of
 
 PINS = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0", "pylatexenc==2.10")
 PHASES = ("GB", "cpu", "step", "rollout", "reward", "log_probs", "train", "sync")
-MEMORY_S = 0.25  # between looks at memory
+MEMORY_S = 2.0  # between looks at memory, which hold up whoever is looked at
 Row = dict[str, float]  # seconds of one step by phase, its tokens, and GB
 
 
@@ -181,8 +181,8 @@ def watched(
     command: Sequence[str], env: dict[str, str], progress: Path, mark: bytes
 ) -> list[tuple[float, float]]:
     """Run it; whenever `progress` has one more mark, the seconds of CPU of its whole tree of
-    processes, and the most GB since the last. Raises RuntimeError with the end of what it said, if
-    it fails."""
+    processes, and the most GB so far. Raises RuntimeError with the end of what it said, if it
+    fails."""
     found: list[tuple[float, float]] = []
     most, looked = 0.0, 0.0
     with tempfile.TemporaryFile() as said:
@@ -190,14 +190,11 @@ def watched(
             tree = psutil.Process(process.pid)
             while process.poll() is None:
                 time.sleep(0.02)
-                is_done = progress.exists() and progress.read_bytes().count(mark) > len(found)
-                if not is_done and time.monotonic() < looked + MEMORY_S:
-                    continue
-                cpu_s, gigabytes = used(tree)
-                most, looked = max(most, gigabytes), time.monotonic()
-                if is_done:
-                    found.append((cpu_s, most))
-                    most = 0.0
+                if progress.exists() and progress.read_bytes().count(mark) > len(found):
+                    found.append((sum(each_of(tree, cpu_s)), most))
+                elif time.monotonic() > looked + MEMORY_S:
+                    most = max(most, sum(each_of(tree, gigabytes)))
+                    looked = time.monotonic()
         if process.returncode:
             said.seek(0)
             text = said.read().decode(errors="replace")
@@ -205,16 +202,22 @@ def watched(
     return found
 
 
-def used(tree: psutil.Process) -> tuple[float, float]:
-    """Seconds of CPU, and GB, of which each process that shares some counts its share."""
-    cpu_s, num_bytes = 0.0, 0
-    with contextlib.suppress(psutil.NoSuchProcess):  # it ended
+def each_of(tree: psutil.Process, tell: Callable[[psutil.Process], float]) -> Iterator[float]:
+    """What is to be told of each process that is still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
         for process in [tree, *tree.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                cpu_s += times.user + times.system
-                num_bytes += process.memory_full_info().pss
-    return cpu_s, num_bytes / 1e9
+                yield tell(process)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def gigabytes(process: psutil.Process) -> float:
+    """Of pages that several processes share, its part."""
+    return process.memory_full_info().pss / 1e9
 
 
 def table(size: str, task: Task, sides: dict[str, list[Row]]) -> str:
