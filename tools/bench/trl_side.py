@@ -152,6 +152,8 @@ def main() -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         options.out.write_text(json.dumps(steps.rows))
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # all is measured; torch's threads now and then abort a process that ends
 
 
 if __name__ == "__main__":
