@@ -153,7 +153,8 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         options.out.write_text(json.dumps(steps.rows))
     trainer.accelerator.wait_for_everyone()
-    os._exit(0)  # all is measured; torch's threads now and then abort a process that ends
+    time.sleep(1)  # who watches reads the last step's seconds of CPU
+    os._exit(0)  # torch's threads now and then abort a process that ends
 
 
 if __name__ == "__main__":
