@@ -97,8 +97,10 @@ class Console:
             self._line(f"{self._position()}: ended in {self._phase} after {seconds(took)}")
 
     def start_at(self, step: int) -> None:
-        """So many steps were done by an earlier attempt."""
+        """So many steps were done by an earlier attempt. The next one begins now: what it took to
+        start is no measure of those to come."""
         self._done = step
+        self._step_begin = time.monotonic()
 
     def watch(self, details: Callable[[], str]) -> None:
         """Ask this for a few words on how far a phase is and who is waited for. It is called from

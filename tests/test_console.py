@@ -88,6 +88,17 @@ def test_a_slow_phase_tells_when_the_run_will_end() -> None:
     assert lines and all(re.search(r"train, 0\.\d s, \d\.\d s left$", line) for line in lines)
 
 
+def test_the_time_to_start_is_not_expected_of_each_step() -> None:
+    screen = Screen()
+    with plain(screen) as console:
+        console.phase("start")
+        time.sleep(1.2)
+        console.start_at(0)
+        console.phase("generate")
+        console.step(0, METRICS)
+    assert re.search(r"start 1\.\d s, .*0\.\d s left$", screen.text.strip())
+
+
 def test_a_step_line_has_the_time_of_each_phase() -> None:
     screen = Screen()
     with plain(screen) as console:
