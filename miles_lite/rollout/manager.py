@@ -254,7 +254,7 @@ class RolloutManager:
         return RolloutError(
             f"generate: {draw.wanted - draw.finished} of {draw.wanted} samples are missing after "
             f"{self._settings.timeout_s:g} s (rollout.timeout_s), waiting for "
-            f"{', '.join(draw.owing)}"
+            f"{', '.join(draw.owing) or 'nobody yet'}"
         )
 
     # ------------------------------------------------------------------ one group, one sample
