@@ -96,7 +96,7 @@ def bench_stuck(
         reward = RewardFunction(file=file, function="stuck")
         with RewardWorkers({"": reward}, num_workers, RewardLimits(timeout_s=limit_s)) as workers:
             cases = [("no", 0), *product(("sleep", "compute"), (8, 32, 100))]
-            return [asyncio.run(race(workers, *case, num_sound)) for case in cases]
+            return [asyncio.run(race(workers, word, num, num_sound)) for word, num in cases]
 
 
 async def race(workers: RewardWorkers, word: str, num_stuck: int, num_sound: int) -> dict[str, Any]:
