@@ -79,7 +79,7 @@ class Console:
         if self._live:
             self._live.start(refresh=True)
         else:
-            self.phase(self._phase)
+            self._arm(self._slow_phase_s)
         return self
 
     def __exit__(
